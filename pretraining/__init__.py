@@ -1,0 +1,1 @@
+"""How the weights of `weft/tiny` were made. Not part of the installed package."""
