@@ -149,7 +149,9 @@ def free_running(model: TinyBackbone, prompts: list[list], docs: Documents) -> l
         ids = torch.tensor([built[i][0] for i in members])
         cache = DynamicCache()
         layout = lay_out([built[i][1] for i in members])
-        hidden = model.decoder(inputs_embeds=model.embed(ids, layout), past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+        hidden = model.decoder(
+            inputs_embeds=model.embed(ids, layout), past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1:]
         left = [-1] * len(members)  # patches still to be drawn, or -1 in text
         done = [False] * len(members)
         for _ in range(100):
@@ -180,7 +182,9 @@ def free_running(model: TinyBackbone, prompts: list[list], docs: Documents) -> l
             for places, table in ((place_in, model.place_in), (place_out, model.place_out)):
                 place = torch.tensor(places)
                 embeds = embeds + table(place.clamp_min(0)) * (place >= 0).unsqueeze(-1)
-            hidden = model.decoder(inputs_embeds=embeds[:, None], past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = model.decoder(
+                inputs_embeds=embeds[:, None], past_key_values=cache, use_cache=True
+            ).last_hidden_state
     return answers
 
 
@@ -195,7 +199,11 @@ def check(model: TinyBackbone, docs: Documents, reader, seed: int = 12345) -> di
 
     def picture_of(answer):
         codes = [token for token in answer if token >= vocabulary]
-        return reader.read(model.decode_image(torch.tensor(codes))) if len(codes) == model.grid[0] * model.grid[1] else None
+        return (
+            reader.read(model.decode_image(torch.tensor(codes)))
+            if len(codes) == model.grid[0] * model.grid[1]
+            else None
+        )
 
     def share(pairs):
         pairs = list(pairs)
@@ -241,7 +249,10 @@ def main() -> None:
     trained = [p for name, p in model.named_parameters() if not name.startswith("codec.")]
     matrices = [p for p in trained if p.dim() == 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": [p for p in trained if p.dim() != 2], "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": 0.05},
+            {"params": [p for p in trained if p.dim() != 2], "weight_decay": 0.0},
+        ],
         betas=(0.9, 0.97),
     )
     print(json.dumps({"parameters": sum(p.numel() for p in trained)}), flush=True)
@@ -272,8 +283,12 @@ def main() -> None:
             sums[name][0] += losses.detach()[chosen].sum().item()
             sums[name][1] += int(chosen.sum())
         if step % 100 == 0:
-            row = {"step": step, "rate": round(rate, 6), "seconds": round(time.time() - start, 1),
-                   **{f"{name}_loss": round(total / max(1, n), 4) for name, (total, n) in sums.items()}}
+            row = {
+                "step": step,
+                "rate": round(rate, 6),
+                "seconds": round(time.time() - start, 1),
+                **{f"{name}_loss": round(total / max(1, n), 4) for name, (total, n) in sums.items()},
+            }
             sums = {"text": [0.0, 0], "image": [0.0, 0]}
             if step % 500 == 0:
                 row |= check(model, docs, reader)

@@ -92,12 +92,19 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         if step % 100 == 99 or step == args.steps - 1:
-            row = {"step": step + 1, "loss": round(loss.item(), 5), "psnr_db": round(psnr(codec, valid), 2),
-                   "codes_used": int((count > 1e-3).sum()), "seconds": round(time.time() - start, 1)}
+            row = {
+                "step": step + 1,
+                "loss": round(loss.item(), 5),
+                "psnr_db": round(psnr(codec, valid), 2),
+                "codes_used": int((count > 1e-3).sum()),
+                "seconds": round(time.time() - start, 1),
+            }
             log.append(row)
             print(json.dumps(row), flush=True)
     metadata = {"config": json.dumps(dataclasses.asdict(config)), "seed": str(args.seed), "steps": str(args.steps)}
-    save_file({name: t.contiguous() for name, t in codec.state_dict().items()}, args.out / "codec.safetensors", metadata)
+    save_file(
+        {name: t.contiguous() for name, t in codec.state_dict().items()}, args.out / "codec.safetensors", metadata
+    )
     (args.out / "codec_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
 
 

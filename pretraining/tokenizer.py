@@ -41,9 +41,15 @@ def main() -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    english = [line.strip() for topic in sorted(topics) for line in topics[topic].splitlines() if line.strip()[:1].isalpha()]
+    english = [
+        line.strip() for topic in sorted(topics) for line in topics[topic].splitlines() if line.strip()[:1].isalpha()
+    ]
     tokenizer.train_from_iterator((f" {line}" for line in picturebook_lines(30_000) + english), trainer)
-    split = {w for line in picturebook_lines(200) for w in line.replace(".", " .").replace(",", " ,").replace(":", " :").split()}
+    split = {
+        w
+        for line in picturebook_lines(200)
+        for w in line.replace(".", " .").replace(",", " ,").replace(":", " :").split()
+    }
     pieces = {word: tokenizer.encode(f" {word}").tokens for word in sorted(split) if word.isalpha()}
     print({word: tokens for word, tokens in pieces.items() if len(tokens) > 1} or "every picturebook word is one token")
     tokenizer.save(str(args.out / "tokenizer.json"))

@@ -101,7 +101,9 @@ def verify_folder(path: Path) -> None:
     try:
         entries = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError("folder has no readable manifest: it was not written to its end", where=str(path)) from error
+        raise CheckpointError(
+            "folder has no readable manifest: it was not written to its end", where=str(path)
+        ) from error
     for name, entry in entries.items():
         file = path / name
         if not file.is_file():

@@ -95,7 +95,11 @@ def _explain(
     if first["type"] == "extra_forbidden":
         known = _keys(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        fix = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known keys: {', '.join(sorted(known))}"
+        fix = (
+            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+            if near
+            else f"known keys: {', '.join(sorted(known))}"
+        )
         return ConfigError(f"unknown key {dotted}", where=where, fix=fix)
     if first["type"] == "missing":
         return ConfigError(f"key {dotted} is required", where=where, fix=f"add it, or pass --{dotted} VALUE")

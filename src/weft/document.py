@@ -152,7 +152,9 @@ def _part(part: Any, at: str, where: str | None) -> Part:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DocumentError(f"field {at}.text holds a lone surrogate at character {error.start}", where=where) from error
+            raise DocumentError(
+                f"field {at}.text holds a lone surrogate at character {error.start}", where=where
+            ) from error
         return Text(text)
     if kind == "image":
         path = part.get("image")

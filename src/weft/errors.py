@@ -18,7 +18,9 @@ class WeftError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(
-            line for line in (self.what, self.where and f"  where: {self.where}", self.fix and f"  fix: {self.fix}") if line
+            line
+            for line in (self.what, self.where and f"  where: {self.where}", self.fix and f"  fix: {self.fix}")
+            if line
         )
 
 

@@ -50,7 +50,9 @@ def decode_image(data: bytes, *, where: str | None = None, max_pixels: int = MAX
     except UnidentifiedImageError as error:
         raise ImageError(f"bytes are not a picture in one of {', '.join(FORMATS)}", where=where) from error
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        raise ImageError(f"image is damaged or truncated: {error}", where=where, fix="export the picture again") from error
+        raise ImageError(
+            f"image is damaged or truncated: {error}", where=where, fix="export the picture again"
+        ) from error
 
 
 def read_image(root: Path, relative: str, *, where: str | None = None) -> bytes:
@@ -77,7 +79,9 @@ def inside(root: Path, relative: str, *, where: str | None = None) -> Path:
     climbs = ".." in windows.parts or ".." in PurePosixPath(relative).parts
     if "\0" in relative or climbs or windows.drive or windows.is_absolute() or os.path.isabs(relative):
         raise PathError(
-            f"path {relative!r} leaves the folder of its document", where=where, fix="use a path relative to that folder"
+            f"path {relative!r} leaves the folder of its document",
+            where=where,
+            fix="use a path relative to that folder",
         )
     file = Path(root) / relative
     if not file.resolve().is_relative_to(Path(root).resolve()):

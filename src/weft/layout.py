@@ -104,7 +104,10 @@ def lay_out(sequences: Sequence[Sequence[Span]], *, length: int | None = None, l
     """
     lengths = [sum(span.length for span in spans) for spans in sequences]
     length = max(lengths, default=0) if length is None else length
-    batch, images = len(sequences), max((sum(isinstance(s, ImageSpan) for s in spans) for spans in sequences), default=0)
+    batch, images = (
+        len(sequences),
+        max((sum(isinstance(s, ImageSpan) for s in spans) for spans in sequences), default=0),
+    )
     grids = torch.zeros(batch, images, 2, dtype=torch.int64)
     # one position more than asked: the element after the last position, which only the outputs see
     planes = torch.full((4, batch, length + 1), -1, dtype=torch.int64)

@@ -134,7 +134,8 @@ def encode_document(backbone: Backbone, document: Document, *, answer: bool = Fa
         add(new, learn, TextSpan(len(new)))
 
     pictures = [
-        decode_image(_bytes_of(image, document), where=_where(document, image, i)) for i, image in enumerate(document.images)
+        decode_image(_bytes_of(image, document), where=_where(document, image, i))
+        for i, image in enumerate(document.images)
     ]
     codes = iter(backbone.encode_images(pictures).tolist() if pictures else [])
     rows, cols = backbone.grid

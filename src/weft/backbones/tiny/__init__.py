@@ -55,7 +55,9 @@ class TinyBackbone(nn.Module):
         # text that spells a control token stays text
         tokenizer.encode_special_tokens = True
         ids = [tokenizer.token_to_id(token) for token in SPECIAL]
-        self.tokens = SpecialTokens(pad=ids[0], begin=ids[1], end=ids[2], separator=ids[3], begin_image=ids[4], end_image=ids[5])
+        self.tokens = SpecialTokens(
+            pad=ids[0], begin=ids[1], end=ids[2], separator=ids[3], begin_image=ids[4], end_image=ids[5]
+        )
         self.grid = config.codec.grid
         self.picture_size = (config.codec.side, config.codec.side)
         self.context_length = config.context_length
@@ -77,6 +79,7 @@ class TinyBackbone(nn.Module):
             attn_implementation="sdpa",
         )  # fmt: skip
         self.decoder = ChameleonModel(stack)
+        self.decoder.name_or_path = name
         self.decoder.vqmodel = None
         self.decoder.embed_tokens = None
         self.table = nn.Embedding(total, config.width)
@@ -233,7 +236,9 @@ def _nano() -> TinyBackbone:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     codec = VQConfig(side=16, patch=8, codes=16, code_width=4, hidden=16, widths=(8, 8, 8))
-    config = TinyConfig(len(SPECIAL) + len(alphabet), width=32, layers=2, heads=2, mlp=64, context_length=512, codec=codec)
+    config = TinyConfig(
+        len(SPECIAL) + len(alphabet), width=32, layers=2, heads=2, mlp=64, context_length=512, codec=codec
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = TinyBackbone(config, tokenizer, "nano")

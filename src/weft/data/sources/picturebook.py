@@ -100,7 +100,9 @@ class Story:
 
     def sentences(self) -> tuple[str, ...]:
         kinds = [thing.kind for _, thing in self.scenes[0].things]
-        first = f"once there {'was' if len(kinds) == 1 else 'were'} " + " and ".join(f"a {kind}" for kind in kinds) + "."
+        first = (
+            f"once there {'was' if len(kinds) == 1 else 'were'} " + " and ".join(f"a {kind}" for kind in kinds) + "."
+        )
         return (first, *self.edits)
 
 
@@ -290,9 +292,13 @@ def _draw_thing(canvas: PILImage.Image, thing: Thing, place: str, time: str) -> 
         )  # fmt: skip
         pen.box(x - h, y - 0.8 * h, x + h, y - 0.2 * h, fill=fill, radius=0.15 * h)
         for wheel in (-0.55, 0.55):
-            pen.ellipse(x + wheel * h - 0.27 * h, y - 0.5 * h, x + wheel * h + 0.27 * h, y, fill=_shade((60, 60, 66), dim))
+            pen.ellipse(
+                x + wheel * h - 0.27 * h, y - 0.5 * h, x + wheel * h + 0.27 * h, y, fill=_shade((60, 60, 66), dim)
+            )
     elif thing.kind == "cat":
-        pen.line(x + 0.6 * h, y - 0.3 * h, x + 0.9 * h, y - 0.6 * h, x + 0.85 * h, y - 1.2 * h, fill=dark, width=0.18 * h)
+        pen.line(
+            x + 0.6 * h, y - 0.3 * h, x + 0.9 * h, y - 0.6 * h, x + 0.85 * h, y - 1.2 * h, fill=dark, width=0.18 * h
+        )
         pen.ellipse(x - 0.7 * h, y - h, x + 0.7 * h, y, fill=fill)
         for side in (-1, 1):
             pen.polygon(
@@ -302,7 +308,13 @@ def _draw_thing(canvas: PILImage.Image, thing: Thing, place: str, time: str) -> 
         pen.ellipse(x - 0.65 * h, y - 1.8 * h, x + 0.65 * h, y - 0.75 * h, fill=fill)
         eye = _Pen(canvas)
         for side in (-1, 1):
-            eye.ellipse(x + side * 0.28 * h - 0.1 * h, y - 1.4 * h, x + side * 0.28 * h + 0.1 * h, y - 1.15 * h, fill=(30, 30, 34))
+            eye.ellipse(
+                x + side * 0.28 * h - 0.1 * h,
+                y - 1.4 * h,
+                x + side * 0.28 * h + 0.1 * h,
+                y - 1.15 * h,
+                fill=(30, 30, 34),
+            )
     else:
         raise AssertionError(thing.kind)
 
@@ -342,7 +354,9 @@ class Reader:
             for time in TIMES:
                 empty = _pixels(setting, time, ())
                 renders = {
-                    place: np.stack([_pixels(setting, time, ((place, thing),)) for thing in self._things]).astype(np.float32)
+                    place: np.stack([_pixels(setting, time, ((place, thing),)) for thing in self._things]).astype(
+                        np.float32
+                    )
                     for place in PLACES
                 }
                 halves = {
@@ -360,7 +374,11 @@ class Reader:
             picture = picture.resize((SIDE, SIDE), PILImage.Resampling.BOX)
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
         half = SIDE // 2
-        parts = {"left": pixels[:, :half].reshape(-1), "right": pixels[:, half:].reshape(-1), "middle": pixels.reshape(-1)}
+        parts = {
+            "left": pixels[:, :half].reshape(-1),
+            "right": pixels[:, half:].reshape(-1),
+            "middle": pixels.reshape(-1),
+        }
         best, found = np.inf, None
         for setting, time, flat, blank in self._tables:
             distance = {place: _squared(flat[place], parts[place]) for place in PLACES}

@@ -1,0 +1,135 @@
+"""Modality-specialised adapters, at home in PEFT.
+
+Importing this package registers the adapter type with PEFT: `get_peft_model(model, MossConfig(...))`, `save_pretrained`
+and `PeftModel.from_pretrained` then work as for any other. Whoever runs the model says first what its positions are:
+`routing_of(model).set(layout)`. Weft's own backbones do that in `forward`; for them there is `attach`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from weft.adapters.config import AdapterConfig, Branch, MossConfig
+from weft.adapters.peft import MossModel, _find_routing, register
+from weft.adapters.routing import RingCache, RoutingState
+from weft.errors import AdapterError, WeftError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "AdapterConfig", "Branch", "MossConfig", "MossModel", "RingCache", "RoutingState", "adapter_parameters", "attach",
+    "detach", "load_adapter", "routing_of", "save_adapter",
+]  # fmt: skip
+
+register()
+
+BASE_RECORD = "weft_base.json"
+
+
+class Adaptable(Protocol):
+    """What of a backbone adapters need."""
+
+    name: str
+    fingerprint: str
+    decoder: nn.Module
+    routing: RoutingState | None
+
+
+def routing_of(model: nn.Module) -> RoutingState:
+    """The routing state shared by the adapted layers of a model.
+
+    Raises:
+        AdapterError: the model has none.
+    """
+    routing = _find_routing(model)
+    if routing is None:
+        raise AdapterError("this model has no adapter that routes by modality", fix="attach one first")
+    return routing
+
+
+def attach(backbone: Adaptable, config: AdapterConfig, *, seed: int = 0) -> PeftModel:
+    """Put a fresh adapter on a backbone's decoder stack, in place; its random half is drawn from `seed`.
+
+    Outputs do not change until it is trained. The decoder's own weights are frozen.
+    """
+    _check_free(backbone)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _install(backbone, get_peft_model(backbone.decoder, config.to_peft(backbone.name)))
+
+
+def detach(backbone: Adaptable) -> None:
+    """Remove the adapter; the decoder is again what it was, bit for bit."""
+    backbone.decoder, backbone.routing = _adapted(backbone).unload(), None
+
+
+def adapter_parameters(backbone: Adaptable) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name, in a fixed order: all that training changes and a checkpoint holds."""
+    return dict(sorted(_own_parameters(_adapted(backbone))))
+
+
+def save_adapter(backbone: Adaptable, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does, and what base they belong to."""
+    import json
+
+    model = _adapted(backbone)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    record = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+    (Path(folder) / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_adapter(backbone: Adaptable, folder: Path | str) -> PeftModel:
+    """Put a saved adapter on a backbone, in place, for inference.
+
+    Raises:
+        AdapterError: a file is missing, a tensor is missing, unknown or of another shape, or the adapter was trained on
+            other weights than these.
+    """
+    import json
+
+    folder = Path(folder)
+    _check_free(backbone)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"no {name} in the adapter folder", where=str(folder), fix="give the folder that holds it"
+            )
+    try:
+        if (folder / BASE_RECORD).is_file():
+            record = json.loads((folder / BASE_RECORD).read_text())
+            if record["fingerprint"] != backbone.fingerprint:
+                raise AdapterError(
+                    f"the adapter was trained on {record['name']} with other weights than this {backbone.name}",
+                    where=str(folder),
+                    fix=f"load it on {record['name']}",
+                )
+        return _install(backbone, PeftModel.from_pretrained(backbone.decoder, folder))
+    except WeftError as error:
+        error.where = error.where or str(folder)
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder)) from error
+
+
+def _install(backbone: Adaptable, model: PeftModel) -> PeftModel:
+    backbone.decoder, backbone.routing = model, routing_of(model)
+    return model
+
+
+def _check_free(backbone: Adaptable) -> None:
+    if isinstance(backbone.decoder, PeftModel):
+        raise AdapterError(f"{backbone.name} already has an adapter", fix="detach(backbone) first")
+
+
+def _adapted(backbone: Adaptable) -> PeftModel:
+    if not isinstance(backbone.decoder, PeftModel):
+        raise AdapterError(f"{backbone.name} has no adapter", fix="attach(backbone, AdapterConfig()) first")
+    return backbone.decoder
+
+
+def _own_parameters(model: PeftModel) -> "Iterator[tuple[str, nn.Parameter]]":
+    return ((name, parameter) for name, parameter in model.named_parameters() if ".moss_" in name)

@@ -1,0 +1,106 @@
+"""PEFT inserts, saves and loads the adapters; this file is where the two meet.
+
+PEFT's list of adapter types is closed, so the type is added to its enumeration first (docs/decisions/).
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftType
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+
+from weft.adapters.config import PEFT_TYPE, Branch, MossConfig
+from weft.adapters.layer import MossLinear
+from weft.adapters.routing import RoutingState
+from weft.errors import AdapterError
+
+
+class MossModel(BaseTuner):
+    """The tuner: replaces linear layers by `MossLinear` and lets them share one routing state."""
+
+    prefix = "moss_"
+    tuner_layer_cls = MossLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - the shape PEFT wants
+
+    routing: RoutingState
+
+    def _pre_injection_hook(self, model: nn.Module, config: MossConfig, adapter_name: str) -> None:
+        self.routing = _find_routing(model) or RoutingState()
+
+    def _create_and_replace(
+        self,
+        config: MossConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, MossLinear):
+            target.update_layer(adapter_name, *_branches(config), inference_mode=config.inference_mode)
+            return
+        features = (getattr(target, "in_features", None), getattr(target, "out_features", None))
+        if not all(isinstance(size, int) for size in features):
+            raise AdapterError(
+                f"{current_key} is a {type(target).__name__}; only linear layers can be adapted",
+                fix="name linear layers in target_modules",
+            )
+        layer = MossLinear(target, self.routing)
+        layer.update_layer(adapter_name, *_branches(config), inference_mode=config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MossConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # PEFT itself would leave a missing tensor at its random start and say nothing
+        own = {
+            key: tensor for key, tensor in model.state_dict().items() if f".{adapter_name}" in key and "moss_" in key
+        }
+        wanted = {cls._remove_adapter_name_from_key(key, adapter_name): tensor.shape for key, tensor in own.items()}
+        given = {_with_prefix(key, wanted): tensor.shape for key, tensor in state_dict.items() if ".moss_" in key}
+        for title, keys in (("lacks", wanted.keys() - given.keys()), ("holds unknown", given.keys() - wanted.keys())):
+            if keys:
+                raise AdapterError(
+                    f"the adapter folder {title} tensors: {', '.join(sorted(keys))}",
+                    fix="use the whole folder that save_pretrained wrote, on the model it was made for",
+                )
+        for key, shape in given.items():
+            if shape != wanted[key]:
+                raise AdapterError(
+                    f"tensor {key} has shape {tuple(shape)}, this model wants {tuple(wanted[key])}",
+                    fix="load the adapter on the base model it was trained on",
+                )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _branches(config: MossConfig) -> tuple[Branch, Branch | None]:
+    assert isinstance(config.text, Branch)
+    assert config.image is None or isinstance(config.image, Branch)
+    return config.text, config.image
+
+
+def _with_prefix(key: str, wanted: dict[str, torch.Size]) -> str:
+    """A saved key as the model spells it: with or without PEFT's own prefix."""
+    bare = key.removeprefix("base_model.model.")
+    return bare if key not in wanted and bare in wanted else key
+
+
+def _find_routing(model: nn.Module) -> RoutingState | None:
+    return next((module.routing for module in model.modules() if isinstance(module, MossLinear)), None)
+
+
+def register() -> None:
+    """Make PEFT know the adapter type; harmless when called again."""
+    if PEFT_TYPE not in PeftType.__members__:
+        member = str.__new__(PeftType, PEFT_TYPE)
+        member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
+        PeftType._member_names_.append(PEFT_TYPE)
+        PeftType._member_map_[PEFT_TYPE] = member
+        PeftType._value2member_map_[PEFT_TYPE] = member
+        register_peft_method(name=PEFT_TYPE.lower(), config_cls=MossConfig, model_cls=MossModel, prefix="moss_")
