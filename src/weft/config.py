@@ -88,7 +88,8 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _explain(
     schema: type[Config], error: pydantic.ValidationError, path: Path | str | None, overrides: Mapping[str, Any]
 ) -> ConfigError:
-    first = error.errors()[0]
+    # a mistyped required key gives two errors; the typing mistake is the one to report
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     dotted = ".".join(location)
     where = "command line" if dotted in overrides or path is None else str(path)

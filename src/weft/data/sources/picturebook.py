@@ -11,8 +11,10 @@ without a judge: `Reader.read` finds the scene whose render is nearest to a pict
 Random choices come from the caller's `random.Random`.
 """
 
+import contextlib
 import functools
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -170,16 +172,48 @@ def random_edit(rng: random.Random, scene: Scene) -> tuple[str, Scene]:
     return rng.choice(by_verb[rng.choice(sorted(by_verb))])
 
 
-def random_story(rng: random.Random, *, edits: int = 2, avoid_held_out: bool = False) -> Story:
-    """A story of `edits` + 1 pictures which never comes back to a scene it has shown."""
+def held_out_scene(rng: random.Random) -> Scene:
+    """A scene that no training data shows."""
+    while True:
+        scene = random_scene(rng)
+        if is_held_out(scene):
+            return scene
+
+
+def random_story(rng: random.Random, *, edits: int = 2, held_out: bool | None = None) -> Story:
+    """A story of `edits` + 1 pictures which never comes back to a scene it has shown.
+
+    Args:
+        held_out: True: the first scene is a held-out one. False: no scene is. None: any.
+    """
     while True:
         scenes, sentences = [random_scene(rng)], []
         for _ in range(edits):
             sentence, after = random_edit(rng, scenes[-1])
             scenes.append(after)
             sentences.append(sentence)
-        if len(set(scenes)) == len(scenes) and not (avoid_held_out and any(map(is_held_out, scenes))):
+        wanted = held_out is None or (is_held_out(scenes[0]) if held_out else not any(map(is_held_out, scenes)))
+        if wanted and len(set(scenes)) == len(scenes):
             return Story(tuple(scenes), tuple(sentences))
+
+
+_THING = rf"a (?P<size>{'|'.join(SIZES)}) (?P<color>{'|'.join(COLORS)}) (?P<kind>{'|'.join(KINDS)})"
+_PLACED = re.compile(rf"{_THING} (?P<place>{'|'.join(_AT.values())})")
+
+
+def parse_caption(text: str) -> Scene | None:
+    """The scene of a caption, or None where the text is not exactly one."""
+    for setting, where in _WHERE.items():
+        for time, when in _WHEN.items():
+            if text.endswith(f", {where} {when}."):
+                things = tuple(
+                    (match["place"].split()[-1], Thing(match["kind"], match["color"], match["size"]))
+                    for match in _PLACED.finditer(text)
+                )
+                with contextlib.suppress(AssertionError):
+                    scene = Scene(setting, time, things)
+                    return scene if scene.caption() == text else None
+    return None
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
@@ -349,7 +383,7 @@ class Reader:
         self._things = all_things()
         self._kind = np.array([KINDS.index(thing.kind) for thing in self._things])
         half = SIDE // 2
-        self._tables: list[tuple[str, str, dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+        self._tables: list[tuple[str, str, dict[str, _Table], dict[str, _Table]]] = []
         for setting in SETTINGS:
             for time in TIMES:
                 empty = _pixels(setting, time, ())
@@ -365,8 +399,8 @@ class Reader:
                     "middle": renders["middle"],
                 }
                 blank = {"left": empty[:, :half].astype(np.float32), "right": empty[:, half:].astype(np.float32)}
-                flat = {place: table.reshape(len(self._things), -1) for place, table in halves.items()}
-                self._tables.append((setting, time, flat, {place: b.reshape(1, -1) for place, b in blank.items()}))
+                drawn = {place: _Table(table.reshape(len(self._things), -1)) for place, table in halves.items()}
+                self._tables.append((setting, time, drawn, {place: _Table(b.reshape(1, -1)) for place, b in blank.items()}))
 
     def read(self, picture: PILImage.Image) -> Scene:
         """The nearest scene to a `SIDE` x `SIDE` picture (another size is scaled first)."""
@@ -380,9 +414,9 @@ class Reader:
             "middle": pixels.reshape(-1),
         }
         best, found = np.inf, None
-        for setting, time, flat, blank in self._tables:
-            distance = {place: _squared(flat[place], parts[place]) for place in PLACES}
-            bare = {place: _squared(blank[place], parts[place])[0] for place in ("left", "right")}
+        for setting, time, drawn, blank in self._tables:
+            distance = {place: drawn[place].distances(parts[place]) for place in PLACES}
+            bare = {place: blank[place].distances(parts[place])[0] for place in ("left", "right")}
             pairs = distance["left"][:, None] + distance["right"][None, :]
             pairs[self._kind[:, None] == self._kind[None, :]] = np.inf
             left, right = np.unravel_index(np.argmin(pairs), pairs.shape)
@@ -400,6 +434,12 @@ class Reader:
         return found
 
 
-def _squared(table: np.ndarray, row: np.ndarray) -> np.ndarray:
-    # |a - b|^2 expanded: one matrix-vector product instead of a table of differences
-    return (table * table).sum(1) - 2 * (table @ row) + row @ row
+class _Table:
+    """Rows to compare a picture with."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows, self._norms = rows, (rows * rows).sum(1)
+
+    def distances(self, row: np.ndarray) -> np.ndarray:
+        """|a - b|^2 of every row and this one, expanded: one matrix-vector product."""
+        return self._norms - 2 * (self._rows @ row) + row @ row

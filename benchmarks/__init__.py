@@ -1,0 +1,1 @@
+"""One file per question; JSON and Markdown out."""

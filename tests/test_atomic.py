@@ -1,0 +1,75 @@
+"""Files and folders are whole or absent."""
+
+import errno
+import os
+
+import pytest
+
+from weft.atomic import MANIFEST, clean_leftovers, verify_folder, write_bytes, write_folder, write_json
+from weft.errors import CheckpointError
+
+
+def full_disk(monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_json(file, {"x": 1})
+    before = file.read_bytes()
+    full_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(file, b"new")
+    assert file.read_bytes() == before and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch, existing):
+    folder = tmp_path / "out"
+    if existing:
+        with write_folder(folder) as staging:
+            (staging / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError), write_folder(folder) as staging:
+        (staging / "a").write_text("new")
+        1 / 0
+    assert os.listdir(tmp_path) == (["out"] if existing else [])
+    if existing:
+        assert (folder / "a").read_text() == "old"
+        verify_folder(folder)
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for text in ("old", "new"):
+        with write_folder(tmp_path / "out") as staging:
+            (staging / text).write_text(text)
+    assert sorted(os.listdir(tmp_path / "out")) == [MANIFEST, "new"] and os.listdir(tmp_path) == ["out"]
+    verify_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["flip", "missing", "no manifest", "shorter"])
+def test_damage_is_found_by_name(tmp_path, damage):
+    with write_folder(tmp_path / "out") as staging:
+        (staging / "data").write_bytes(bytes(100))
+    file = tmp_path / "out" / "data"
+    if damage == "flip":
+        file.write_bytes(bytes(50) + b"\1" + bytes(49))
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "shorter":
+        file.write_bytes(bytes(99))
+    else:
+        (tmp_path / "out" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="manifest" if damage == "no manifest" else "data"):
+        verify_folder(tmp_path / "out")
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path):
+    (tmp_path / ".out.x.part").mkdir()
+    (tmp_path / ".out.x.part" / "half").write_text("")
+    (tmp_path / ".file.y.part").write_text("")
+    (tmp_path / "kept").write_text("")
+    clean_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["kept"]
