@@ -1,34 +1,57 @@
-"""Weft: teach a vision-language generalist to write illustrated documents. Public names; each loads on first use."""
+"""Teach a vision-language generalist to write illustrated documents. The public names; each loads on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.adapters import AdapterConfig, attach
+    from weft.backbones import load_model
     from weft.data import open_dataset
     from weft.document import Document, Image, Text, Turn, assistant, user
     from weft.errors import WeftError
-    from weft.generate import SamplingConfig, generate, load_model
+    from weft.generate import SamplingConfig, generate
     from weft.train import TrainConfig, train
 
 __version__ = "0.1.0"
 
-_PLACES = {
-    "AdapterConfig": "weft.adapters",
-    "Document": "weft.document",
-    "Image": "weft.document",
-    "SamplingConfig": "weft.generate",
-    "Text": "weft.document",
-    "TrainConfig": "weft.train",
-    "Turn": "weft.document",
-    "WeftError": "weft.errors",
-    "assistant": "weft.document",
-    "attach": "weft.adapters",
-    "generate": "weft.generate",
-    "load_model": "weft.generate",
-    "open_dataset": "weft.data",
-    "train": "weft.train",
-    "user": "weft.document",
+__all__ = [
+    "AdapterConfig",
+    "Document",
+    "Image",
+    "SamplingConfig",
+    "Text",
+    "TrainConfig",
+    "Turn",
+    "WeftError",
+    "assistant",
+    "attach",
+    "generate",
+    "load_model",
+    "open_dataset",
+    "train",
+    "user",
+]
+
+_NAMES = {
+    "weft.adapters": ("AdapterConfig", "attach"),
+    "weft.backbones": ("load_model",),
+    "weft.data": ("open_dataset",),
+    "weft.document": ("Document", "Image", "Text", "Turn", "assistant", "user"),
+    "weft.errors": ("WeftError",),
+    "weft.generate": ("SamplingConfig", "generate"),
+    "weft.train": ("TrainConfig", "train"),
 }
 
-__all__ = sorted(_PLACES)  # noqa: PLE0605
+
+def __getattr__(name: str) -> Any:
+    for place, names in _NAMES.items():
+        if name in names:
+            module = import_module(place)
+            # all at once: importing the package `weft.train` has just bound that name here, but it means the function
+            globals().update({public: getattr(module, public) for public in names})
+            return globals()[name]
+    raise AttributeError(f"module 'weft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from weft.atomic import write_text
 from weft.errors import ConfigError
 
 
@@ -68,21 +67,28 @@ def parse_overrides(tokens: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML, every default spelled out."""
-    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+def to_yaml(config: Config) -> str:
+    """The resolved config as a recipe, every default spelled out: saved with every result."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set one value by its path; entries of a list go by their number, as in `sources.0.path`."""
     *parents, last = dotted.split(".")
+    section: Any = values
     for parent in parents:
-        inner = values.get(parent)
-        if inner is None:
-            inner = values[parent] = {}
-        elif not isinstance(inner, dict):
-            raise ConfigError(f"--{dotted}: {parent} holds a value, not a section", where="command line")
-        values = inner
-    values[last] = value
+        if isinstance(section, list):
+            inner = section[int(parent)] if parent.isdecimal() and int(parent) < len(section) else None
+        else:
+            inner = section.get(parent)
+            if inner is None:
+                inner = section[parent] = {}
+        if not isinstance(inner, dict | list):
+            raise ConfigError(f"--{dotted}: {parent} is not a section", where="command line")
+        section = inner
+    if isinstance(section, list):
+        raise ConfigError(f"--{dotted}: {last} is to be set in a list", where="command line", fix="add .KEY")
+    section[last] = value
 
 
 def _explain(

@@ -1,0 +1,55 @@
+"""Token sequences -> one padded batch: ids, the layout that everything below reads, and what is to be learnt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.errors import LayoutError
+from weft.layout import ModalityLayout, TokenSequence, lay_out
+
+IGNORED = -100
+"""A label where nothing is learnt."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    ids: Tensor
+    """(B, L) int64, padded on the right."""
+    layout: ModalityLayout
+    labels: Tensor
+    """(B, L) int64: the element that each position is to predict, which is the next one, or `IGNORED`."""
+    names: tuple[str | None, ...]
+    """The documents' ids, for messages."""
+
+
+def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
+    """Pad to the longest.
+
+    Args:
+        pad: id of the padding token.
+
+    Raises:
+        LayoutError: no sequence, an empty one, or one whose ids, targets and spans differ in length.
+    """
+    if not sequences:
+        raise LayoutError("a batch needs at least one sequence")
+    for sequence in sequences:
+        _check(sequence)
+    layout = lay_out([sequence.spans for sequence in sequences])
+    ids = torch.full(layout.shape, pad, dtype=torch.int64)
+    labels = torch.full(layout.shape, IGNORED, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        n = len(sequence)
+        ids[row, :n] = sequence.ids
+        labels[row, : n - 1] = sequence.ids[1:].masked_fill(~sequence.is_target[1:], IGNORED)
+    return Batch(ids, layout, labels, tuple(sequence.name for sequence in sequences))
+
+
+def _check(sequence: TokenSequence) -> None:
+    ids, targets, spans = len(sequence), len(sequence.is_target), sum(span.length for span in sequence.spans)
+    if not ids or ids != targets or ids != spans:
+        raise LayoutError(
+            f"a sequence has {ids} ids, {targets} targets and spans of {spans} positions", where=sequence.name
+        )

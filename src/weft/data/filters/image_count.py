@@ -1,0 +1,29 @@
+"""Documents with too few or too many pictures."""
+
+from typing import Literal
+
+from pydantic import NonNegativeInt
+
+from weft.config import Config
+from weft.data.stage import Loss, Outcome, Stage
+from weft.document import Document
+
+
+class ImageCount(Config):
+    """Keeps documents with `min` to `max` pictures."""
+
+    kind: Literal["image_count"] = "image_count"
+    min: NonNegativeInt = 1
+    max: NonNegativeInt | None = None
+
+
+def build(config: ImageCount) -> Stage:
+    def stage(document: Document) -> Outcome:
+        n = sum(1 for _ in document.images)
+        if n < config.min:
+            return None, (Loss("record", "too_few_images", f"{n} pictures, fewer than {config.min}"),)
+        if config.max is not None and n > config.max:
+            return None, (Loss("record", "too_many_images", f"{n} pictures, more than {config.max}"),)
+        return document, ()
+
+    return stage

@@ -1,0 +1,172 @@
+"""The finished dataset: Parquet files with the pictures' encoded bytes inside, standard enough for any reader.
+
+    id        string
+    messages  list of {role, content: list of {type, text, image}, loss}
+    images    list of {bytes, path}
+    sha256    list of string
+    meta      string (JSON)
+
+A part of type image holds its place in `images`. Pictures keep the bytes they came with. A folder holds the data files,
+`ledger.jsonl` (a line for everything that was dropped), `summary.json`, a README that names the data files, and the
+manifest that makes it whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from weft.document import Document, Image, Part, Role, Text, Turn
+
+ROWS, ROW_BYTES = 64, 8 * 2**20
+"""A row group has at most so many rows, and ends with the row that reaches so many bytes of pictures."""
+FILE_BYTES = 256 * 2**20
+LEDGER, SUMMARY, CARD = "ledger.jsonl", "summary.json", "README.md"
+
+_PART = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.int32())])
+_TURN = pa.struct([("role", pa.string()), ("content", pa.list_(_PART)), ("loss", pa.bool_())])
+_FEATURES = {
+    "id": {"dtype": "string", "_type": "Value"},
+    "messages": [
+        {
+            "role": {"dtype": "string", "_type": "Value"},
+            "content": [
+                {
+                    "type": {"dtype": "string", "_type": "Value"},
+                    "text": {"dtype": "string", "_type": "Value"},
+                    "image": {"dtype": "int32", "_type": "Value"},
+                }
+            ],
+            "loss": {"dtype": "bool", "_type": "Value"},
+        }
+    ],
+    "images": [{"_type": "Image"}],
+    "sha256": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "Sequence"},
+    "meta": {"dtype": "string", "_type": "Value"},
+}
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("messages", pa.list_(_TURN)),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("sha256", pa.list_(pa.string())),
+        ("meta", pa.string()),
+    ],
+    # read by the `datasets` library, which then shows pictures as pictures
+    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
+)
+_COMPRESSION = {
+    field: "NONE" if field.startswith("images.list.element.bytes") else "ZSTD"
+    for field in (
+        "id",
+        "messages.list.element.role",
+        "messages.list.element.content.list.element.type",
+        "messages.list.element.content.list.element.text",
+        "messages.list.element.content.list.element.image",
+        "messages.list.element.loss",
+        "images.list.element.bytes",
+        "images.list.element.path",
+        "sha256.list.element",
+        "meta",
+    )
+}
+
+
+class ShardWriter:
+    """Writes documents, whose pictures hold their bytes, as Parquet files into an existing folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: list[Path] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._row_bytes = self._file_bytes = 0
+
+    def add(self, document: Document) -> None:
+        self._rows.append(to_row(document))
+        self._row_bytes += sum(len(image.data or b"") for image in document.images)
+        if len(self._rows) == ROWS or self._row_bytes >= ROW_BYTES:
+            self._end_group()
+
+    def close(self) -> list[Path]:
+        """Finish the last file; the files get their names, which hold their number."""
+        if self._rows or not self._files:
+            self._end_group()
+        self._end_file()
+        names = [self._folder / f"train-{i:05d}-of-{len(self._files):05d}.parquet" for i in range(len(self._files))]
+        return [file.rename(name) for file, name in zip(self._files, names, strict=True)]
+
+    def abort(self) -> None:
+        """Let go of the open file; what it holds is of no use."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _end_group(self) -> None:
+        if self._writer is None:
+            self._files.append(self._folder / f"{len(self._files)}.parquet")
+            self._writer = pq.ParquetWriter(
+                self._files[-1],
+                SCHEMA,
+                compression=_COMPRESSION,
+                use_dictionary=False,
+                write_statistics=["id"],
+            )
+        table = pa.Table.from_pylist(self._rows, schema=SCHEMA)
+        self._writer.write_table(table, row_group_size=ROWS)
+        self._file_bytes += self._row_bytes
+        self._rows, self._row_bytes = [], 0
+        if self._file_bytes >= FILE_BYTES:
+            self._end_file()
+
+    def _end_file(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self._file_bytes = None, 0
+
+
+def to_row(document: Document) -> dict[str, Any]:
+    numbers = iter(range(len(list(document.images))))
+    messages = [
+        {"role": turn.role, "content": [_part_row(part, numbers) for part in turn.parts], "loss": turn.loss}
+        for turn in document.turns
+    ]
+    return {
+        "id": document.id,
+        "messages": messages,
+        "images": [{"bytes": image.data, "path": image.path} for image in document.images],
+        "sha256": [image.sha256 for image in document.images],
+        "meta": json.dumps(dict(document.meta), ensure_ascii=False, sort_keys=True),
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> Document:
+    """The document that `to_row` made the row of."""
+    images = [Image(image["bytes"], image["path"]) for image in row["images"]]
+    turns = tuple(
+        Turn(
+            cast(Role, turn["role"]),
+            tuple(_part_of(part, images) for part in turn["content"]),
+            cast(bool, turn["loss"]),
+        )
+        for turn in row["messages"]
+    )
+    return Document(turns, row["id"], json.loads(row["meta"]))
+
+
+def fingerprint_of(hashes: Iterable[str]) -> str:
+    """Names a dataset by its content: the hash of its data files' SHA-256, in order."""
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _part_row(part: Part, numbers: Iterable[int]) -> dict[str, Any]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text, "image": None}
+    return {"type": "image", "text": None, "image": next(iter(numbers))}
+
+
+def _part_of(part: Mapping[str, Any], images: list[Image]) -> Part:
+    return Text(part["text"]) if part["type"] == "text" else images[part["image"]]

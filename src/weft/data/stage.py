@@ -1,0 +1,160 @@
+"""What happens to one record between a source and the dataset, and the count of what got lost on the way.
+
+A stage is a function from documents to documents: it returns the document to go on with, or None, and names everything
+it took away. `run_stages` wraps the counting around it: for records, texts and images alike,
+
+    read = kept + dropped,    and every dropped thing is one `Drop`, one line of the ledger.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from weft.document import Document
+from weft.errors import DocumentError, WeftError
+
+What = Literal["file", "record", "text", "image"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many records, and how many texts and images they hold."""
+
+    records: int = 0
+    texts: int = 0
+    images: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.records + other.records, self.texts + other.texts, self.images + other.images)
+
+    def __sub__(self, other: "Count") -> "Count":
+        return Count(self.records - other.records, self.texts - other.texts, self.images - other.images)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One thing taken away; a lost record takes its texts and images with it."""
+
+    what: What
+    reason: str
+    """A short code, the same for the same cause: ledgers are grouped by it."""
+    message: str
+    field: str | None = None
+    image: str | None = None
+
+
+Outcome = tuple[Document | None, tuple[Loss, ...]]
+"""What a stage leaves of a document, and what it took. Without a document there is exactly one loss: the record."""
+
+Stage = Callable[[Document], Outcome]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record as a source read it; without a document its first loss says why. `file` is relative to the source."""
+
+    file: str
+    line: int | None
+    document: Document | None
+    read: Count
+    """What the record held, also what was lost while it was read."""
+    losses: tuple[Loss, ...] = ()
+    added: int = 0
+    """Texts of the document that the source wrote itself (an instruction made from a title): not counted."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A loss, with the stage, the place and the size of it: one line of the ledger."""
+
+    loss: Loss
+    stage: str
+    file: str
+    line: int | None
+    id: str | None
+    count: Count
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "what": self.loss.what,
+            "stage": self.stage,
+            "reason": self.loss.reason,
+            "message": self.loss.message,
+            "file": self.file,
+            "line": self.line,
+            "id": self.id,
+            "field": self.loss.field,
+            "image": self.loss.image,
+            "texts": self.count.texts,
+            "images": self.count.images,
+        }
+
+
+@dataclass(frozen=True)
+class Processed:
+    """A record after all stages."""
+
+    record: Record
+    document: Document | None
+    drops: tuple[Drop, ...]
+
+    @property
+    def kept(self) -> Count:
+        return Count() if self.document is None else count(self.document) - Count(0, self.record.added, 0)
+
+
+class RecordError(DocumentError):
+    """A record that cannot be read, with the code that the ledger files it under."""
+
+    def __init__(self, reason: str, what: str, *, field: str | None = None) -> None:
+        super().__init__(what)
+        self.reason, self.field = reason, field
+
+
+def count(document: Document) -> Count:
+    return Count(1, sum(1 for _ in document.texts), sum(1 for _ in document.images))
+
+
+def rejected(file: str, line: int | None, error: RecordError) -> Record:
+    """The record in whose place `error` was met."""
+    return Record(file, line, None, Count(records=1), (Loss("record", error.reason, error.what, error.field),))
+
+
+def drop_record(item: Processed, stage: str, loss: Loss) -> Processed:
+    """The same record, dropped by a stage that sees more than one record at a time."""
+    assert item.document is not None
+    drop = Drop(loss, stage, item.record.file, item.record.line, item.document.id, item.kept)
+    return Processed(item.record, None, (*item.drops, drop))
+
+
+def run_stages(record: Record, stages: Iterable[tuple[str, Stage]]) -> Processed:
+    """Take one record through the named stages, as far as it gets.
+
+    Raises:
+        WeftError: a stage took something without naming it.
+    """
+    document = record.document
+    drops = _placed(record, "read", None if document is None else document.id, record.losses, record.read)
+    for name, stage in stages:
+        if document is None:
+            break
+        before = count(document)
+        after, losses = stage(document)
+        named = _total(losses, before)
+        if before - named != (Count() if after is None else count(after)):
+            raise WeftError(f"stage {name} took parts of document {document.id} without naming them", where=record.file)
+        drops += _placed(record, name, document.id, losses, before - Count(0, record.added, 0))
+        document = after
+    return Processed(record, document, tuple(drops))
+
+
+def _placed(record: Record, stage: str, identity: str | None, losses: Sequence[Loss], whole: Count) -> list[Drop]:
+    return [Drop(loss, stage, record.file, record.line, identity, _size(loss, whole)) for loss in losses]
+
+
+def _total(losses: Iterable[Loss], whole: Count) -> Count:
+    return sum((_size(loss, whole) for loss in losses), Count())
+
+
+def _size(loss: Loss, whole: Count) -> Count:
+    return {"file": Count(), "record": whole, "text": Count(texts=1), "image": Count(images=1)}[loss.what]

@@ -1,0 +1,102 @@
+"""Keys and values of rows that join and leave at any step, behind transformers' cache interface.
+
+transformers' own caches advance all rows together; here every row is written at its own positions. What a freed slot
+still holds is hidden by the mask, but a hidden value that is not a number would come through it (0 * NaN): clear a slot
+when its row leaves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from weft.backbones.base import DecodeStep
+
+WIDTH_STEP = 64
+"""Widths are multiples of it: few shapes, and on a CPU the same bits whatever the width."""
+
+
+@dataclass
+class _Frame:
+    """Where the current forward writes and how far it reads; shared by all layers."""
+
+    slots: Tensor
+    """(B,)"""
+    positions: Tensor
+    """(B, q)"""
+    width: int
+    every_slot: bool
+    """Row b is slot b, for every slot."""
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values (slots, H, length, C) of one layer."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, cache: "SlotCache") -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        slots, length = self._cache.slots, self._cache.length
+        self.keys, self.values = (
+            states.new_zeros(slots, states.shape[1], length, states.shape[3]) for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write (B, H, q, C) at the rows' positions; returns (B, H, width, C) of the rows' slots."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        frame = self._cache.frame
+        for stored, states in ((self.keys, key_states), (self.values, value_states)):
+            stored[frame.slots[:, None], :, frame.positions] = states.transpose(1, 2)
+        if frame.every_slot:
+            return self.keys[:, :, : frame.width], self.values[:, :, : frame.width]
+        return self.keys[frame.slots, :, : frame.width], self.values[frame.slots, :, : frame.width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.frame.width, 0
+
+    def get_seq_length(self) -> int:
+        return self._cache.frame.width
+
+    def get_max_length(self) -> int:
+        return self._cache.length
+
+
+class SlotCache(Cache):
+    """`slots` sequences of up to `length` positions, for any number of layers."""
+
+    frame: _Frame
+
+    def __init__(self, slots: int, length: int) -> None:
+        self.slots, self.length = slots, length
+        super().__init__(layer_class_to_replicate=partial(_SlotLayer, self))  # type: ignore[arg-type]
+
+    def step(self, positions: Tensor, reach: int, rings: Any = None, slots: Sequence[int] | None = None) -> DecodeStep:
+        """Prepare a forward.
+
+        Args:
+            positions: (B, q), where each row's inputs stand in its own sequence.
+            reach: the largest position + 1.
+            rings: the adapters' partial sums, where every row feeds one position.
+            slots: the slot of each row; None: all, in order.
+        """
+        device = positions.device
+        width = min(-(-reach // WIDTH_STEP) * WIDTH_STEP, self.length)
+        rows = torch.tensor(range(self.slots) if slots is None else slots, device=device)
+        self.frame = _Frame(rows, positions, width, every_slot=slots is None)
+        readable = torch.arange(width, device=device) <= positions[:, None, :, None]  # (B, 1, q, width)
+        return DecodeStep(rows, positions, readable, self, rings)
+
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        for layer in cast("list[_SlotLayer]", self.layers):
+            layer.keys[slot], layer.values[slot] = 0, 0
