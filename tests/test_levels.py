@@ -4,6 +4,9 @@ Everything is read from the source with `ast`; nothing is imported.
 """
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,10 @@ LEVELS = {
 """Folder or file directly under src/weft -> level."""
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "tokenizers", "matplotlib", "pyarrow", "numpy", "PIL"}
+DISTRIBUTIONS = {"PIL": "pillow", "bs4": "beautifulsoup4", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}
+"""What is imported under another name than it is installed by."""
+UNNAMED = {"lxml"}
+"""Used by others on our behalf: Beautiful Soup parses with it."""
 UNSAFE_MODULES = {"pickle", "dill", "shelve", "marshal", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "eval", "exec"}
 SAFE_LOADERS = {"yaml.SafeLoader", "yaml.BaseLoader"}
@@ -185,6 +192,16 @@ def modules() -> dict[str, Module]:
 def test_the_house_is_in_order(check, modules):
     assert len(modules) > 10, "the source was not found"
     assert list(check(modules)) == []
+
+
+def test_what_is_imported_is_declared_and_pinned_and_the_other_way_round(modules):
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w.-]+", line)[0] for line in project["dependencies"]}
+    named = {each.target.split(".")[0] for module in modules.values() for each in module.imports}
+    imported = {DISTRIBUTIONS.get(name, name) for name in named - {"weft", "__future__"} - sys.stdlib_module_names}
+    assert imported | UNNAMED == declared
+    pinned = re.findall(r"^([\w.-]+)==", (SOURCE.parents[1] / "constraints.txt").read_text(), re.MULTILINE)
+    assert declared <= set(pinned)
 
 
 BROKEN = {

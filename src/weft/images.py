@@ -84,7 +84,8 @@ def inside(root: Path, relative: str, *, where: str | None = None) -> Path:
             fix="use a path relative to that folder",
         )
     file = Path(root) / relative
-    if not file.resolve().is_relative_to(Path(root).resolve()):
+    # not Path.resolve, which raises where links form a loop
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)):
         raise PathError(f"path {relative!r} leads out of its folder through a link", where=where)
     return file
 

@@ -1,6 +1,7 @@
 """A build loses nothing silently, gives the same bytes whoever works, and is there whole or not at all."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -82,7 +83,7 @@ def test_kept_and_dropped_are_what_was_read(tmp_path, seed):
     assert read == kept + dropped(ledger(tmp_path / "out"))
     assert asdict(kept) == summary["kept"]
     assert read.records == 3 + sum(1 for data, _ in lines if data.strip())
-    for stage, following in zip(summary["stages"], summary["stages"][1:], strict=False):
+    for stage, following in itertools.pairwise(summary["stages"]):
         assert Count(**stage["in"]) - Count(**stage["dropped"]) == Count(**following["in"])
 
 
@@ -218,11 +219,20 @@ def test_a_line_longer_than_the_limit_costs_only_itself(tmp_path, monkeypatch):
     exact = line(chat("exact", text="x" * 0))
     exact = line(chat("exact", text="x" * (1000 - len(exact) + 1)))
     assert len(exact) == 1001  # the end of the line is not part of it
-    lines = (line(chat("a")), line(chat("b", text="x" * 5000)), exact, line(chat("c", text="y" * 1000)), line(chat("d")))
+    lines = (
+        line(chat("a")),
+        line(chat("b", text="x" * 5000)),
+        exact,
+        line(chat("c", text="y" * 1000)),
+        line(chat("d")),
+    )
     write(tmp_path, {"long.jsonl": b"".join(lines)})
     build(config({"kind": "chat_jsonl", "path": str(tmp_path / "long.jsonl")}), tmp_path / "out")
     assert [document.id for document in open_dataset(tmp_path / "out")] == ["a", "exact", "d"]
-    assert [(entry["line"], entry["reason"]) for entry in ledger(tmp_path / "out")] == [(2, "too_large"), (4, "too_large")]
+    assert [(entry["line"], entry["reason"]) for entry in ledger(tmp_path / "out")] == [
+        (2, "too_large"),
+        (4, "too_large"),
+    ]
 
 
 def test_a_dataset_of_many_row_groups_and_files_reads_in_any_order(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
 import random
+from collections import defaultdict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -66,26 +68,45 @@ def nano():
     return load("nano")
 
 
+class Seen(NamedTuple):
+    """One position that went through the stack."""
+
+    token: int
+    position: int
+    reads: list[int]
+    predicts: list[int]
+    hidden: torch.Tensor
+
+    @property
+    def bits(self):
+        return self.token, self.position, self.hidden.numpy().tobytes()
+
+
 class Spy:
-    """The backbone, and what went through its stack: ids, positions and hidden states of every real position."""
+    """The backbone, and what went through its stack: for each slot, its real positions in order."""
 
     def __init__(self, backbone):
         self._backbone = backbone
-        self.prefilled, self.decoded = [], []
+        self.seen = defaultdict(list)
 
     def __getattr__(self, name):
         return getattr(self._backbone, name)
 
     def embed(self, ids, layout):
-        self.ids = ids
+        self._ids = ids
         return self._backbone.embed(ids, layout)
 
     def forward(self, embeds, layout, step=None):
         hidden = self._backbone.forward(embeds, layout, step)
-        log = self.prefilled if hidden.shape[1] > 1 else self.decoded
         for b, t in layout.is_real.nonzero().tolist():
-            log.append((self.ids[b, t].item(), step.positions[b, t].item(), hidden[b, t].clone()))
+            planes = (facts(layout.inputs, b, t), facts(layout.outputs, b, t))
+            seen = Seen(self._ids[b, t].item(), step.positions[b, t].item(), *planes, hidden[b, t].clone())
+            self.seen[step.slots[b].item()].append(seen)
         return hidden
+
+
+def facts(plane, b, t):
+    return [tensor[b, t].item() for tensor in (plane.modality, plane.image, plane.row, plane.col)]
 
 
 def alone(backbone, document, config, slots=4):
@@ -130,26 +151,37 @@ def test_neighbours_do_not_change_a_bit(nano):
             engine.submit(PROMPTS[3], CONFIGS[1])
         engine.step()
     list(engine.run())
-    seen = {(token, position, hidden.numpy().tobytes()) for token, position, hidden in crowd.decoded}
-    assert len(lone.decoded) > 15
-    assert all((token, position, hidden.numpy().tobytes()) in seen for token, position, hidden in lone.decoded)
+    in_crowd = {seen.bits for seens in crowd.seen.values() for seen in seens}
+    assert {seen.bits for seen in lone.seen[0]} <= in_crowd
 
 
 @pytest.mark.parametrize("number", range(len(PROMPTS)))
 def test_cached_decoding_equals_the_full_pass(backbone, number):
     spy = Spy(backbone)
-    config = SamplingConfig(max_text_tokens=12, min_images=3, text=WARM, image=WARM, seed=number)
-    alone(spy, PROMPTS[number], config, slots=1)
-    log = spy.prefilled + spy.decoded
-    ids = torch.tensor([[token for token, _, _ in log]])
-    assert [position for _, position, _ in log] == list(range(len(log)))
-    layout = lay_out([spans_of(ids[0].tolist(), backbone)])
-    with torch.no_grad():
-        hidden = backbone.forward(backbone.embed(ids, layout), layout)[0]
-        for head in (backbone.text_logits, backbone.image_logits):
-            cached = head(torch.stack([state for _, _, state in log]))
-            # the same sums in another order, fp32
-            torch.testing.assert_close(cached, head(hidden), rtol=0, atol=1e-5)
+    config = SamplingConfig(max_text_tokens=9, min_images=3, text=WARM, image=WARM, guidance=2.0, seed=number)
+    alone(spy, PROMPTS[number], config, slots=2)
+    assert len(spy.seen) == 2  # the answer and its shadow
+    for seens in spy.seen.values():
+        ids = torch.tensor([[seen.token for seen in seens]])
+        layout = lay_out([spans_of(ids[0].tolist(), backbone)])
+        for t, seen in enumerate(seens):
+            assert (seen.position, seen.reads) == (t, facts(layout.inputs, 0, t))
+            assert seen.predicts == facts(layout.outputs, 0, t)
+        with torch.no_grad():
+            hidden = backbone.forward(backbone.embed(ids, layout), layout)[0]
+            for head in (backbone.text_logits, backbone.image_logits):
+                cached = head(torch.stack([seen.hidden for seen in seens]))
+                # the same sums in another order, fp32
+                torch.testing.assert_close(cached, head(hidden), rtol=0, atol=1e-5)
+
+
+def test_a_shadow_reads_the_pictures_and_no_text(nano):
+    spy = Spy(nano)
+    config = SamplingConfig(max_text_tokens=9, min_images=2, max_images=2, guidance=2.0, text=WARM)
+    alone(spy, PROMPTS[2], config, slots=2)
+    special, row, shadow = set(nano.tokens), *([seen.token for seen in spy.seen[slot]] for slot in (0, 1))
+    assert shadow == [token for token in row if token in special or token >= nano.config.vocabulary]
+    assert len(shadow) < len(row)
 
 
 def spans_of(ids, backbone):
@@ -187,8 +219,8 @@ def test_streamed_text_is_whole_characters_and_makes_the_answer(nano):
     engine.submit(PROMPTS[0], config)
     events = list(engine.run())
     texts = [event.text for event in events if isinstance(event, TextDelta)]
-    tokens = [token for token, _, _ in spy.decoded]
-    run = tokens[1 : tokens.index(nano.tokens.begin_image)]
+    tokens = [seen.token for seen in spy.seen[0]]
+    run = tokens[tokens.index(nano.tokens.separator) + 1 : tokens.index(nano.tokens.begin_image)]
     assert len(texts) > 50
     assert all(texts)
     assert "".join(texts) == nano.detokenize(run) == collect(events).text

@@ -35,11 +35,11 @@ def documents(tmp_path_factory) -> Path:
     return write_documents(tmp_path_factory.mktemp("data") / "documents.jsonl")
 
 
-@pytest.fixture
-def recipe(documents, tmp_path) -> Callable[..., TrainConfig]:
+@pytest.fixture(scope="session")
+def recipe_in(documents) -> Callable[..., TrainConfig]:
     """A short recipe with everything in it that a step's numbers could depend on; keywords replace sections' keys."""
 
-    def make(**changes) -> TrainConfig:
+    def make(out: Path, **changes) -> TrainConfig:
         values = {
             "data": {"path": documents, "validation": 2},
             "model": "nano",
@@ -47,7 +47,7 @@ def recipe(documents, tmp_path) -> Callable[..., TrainConfig]:
             "optim": {"batch": 3, "micro_batch": 2},
             "schedule": {"steps": 12, "warmup": 3},
             "sampling": {"every": 4, "documents": 1, "prompts": ["hello <b>"], "max_text_tokens": 4, "max_images": 1},
-            "out": tmp_path / "run",
+            "out": out,
             "save_every": 4,
             "validate_every": 5,
         }
@@ -59,6 +59,12 @@ def recipe(documents, tmp_path) -> Callable[..., TrainConfig]:
 
 
 @pytest.fixture
+def recipe(recipe_in, tmp_path) -> Callable[..., TrainConfig]:
+    """`recipe_in` a folder of the test's own."""
+    return lambda **changes: recipe_in(**{"out": tmp_path / "run", **changes})
+
+
+@pytest.fixture(scope="session")
 def results() -> Callable[[Path], dict[str, bytes]]:
     """The files of a run that must not depend on when it was interrupted."""
 
@@ -66,13 +72,13 @@ def results() -> Callable[[Path], dict[str, bytes]]:
         last = max((run / "checkpoints").glob("step_*"))
         files = [run / "metrics.jsonl", run / "samples.html"]
         for folder in (run / "adapter", run / "samples", last):
-            files += sorted(folder.iterdir())
+            files += sorted(folder.glob("*"))
         return {str(file.relative_to(run)): file.read_bytes() for file in files if file.exists()}
 
     return read
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def echo() -> Callable[..., list[Turn]]:
     """A sampler that answers with the prompt."""
 

@@ -49,7 +49,7 @@ def by_hand(backbone, sequence):
 
 def test_losses_are_means_over_text_and_over_picture_targets(adapted, sequences):
     each = [by_hand(adapted, sequence) for sequence in sequences]
-    text, image = (sum((pair[kind] for pair in each), []) for kind in (0, 1))
+    text, image = ([loss for pair in each for loss in pair[kind]] for kind in (0, 1))
     assert text
     assert image
     # batched: padding and neighbours change nothing

@@ -28,10 +28,7 @@ def test_orders_differ_by_seed_and_epoch_and_not_by_anything_else():
 
 def test_the_order_is_the_same_on_every_machine():
     # golden: what a stored run was trained on must stay what it was
-    assert permutation(7, 0, 8) == GOLDEN
-
-
-GOLDEN = (0,)
+    assert permutation(7, 0, 8) == (4, 1, 6, 3, 2, 7, 5, 0)
 
 
 @given(seed=st.integers(0, 9), count=small, validation=st.one_of(st.floats(0, 0.9), st.integers(1, 20)))

@@ -58,7 +58,7 @@ def build_app() -> App:
         name="weft",
         help="Teach a vision-language generalist to write illustrated documents.",
         help_epilogue="`weft VERB --help` says more. `--debug`, anywhere on the line, shows the traceback of an error.",
-        suppress_keyboard_interrupt=True,
+        suppress_keyboard_interrupt=False,
         help_format="plaintext",  # Markdown would cost 50 ms
         version=__version__,
     )

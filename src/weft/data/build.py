@@ -16,7 +16,7 @@ from weft.data.filters import DEFAULT, FILTERS, FilterConfig
 from weft.data.ledger import Tally
 from weft.data.shards import CARD, LEDGER, SUMMARY, ShardWriter, fingerprint_of
 from weft.data.sources import SOURCES, SourceConfig
-from weft.data.sources.base import Unit
+from weft.data.sources.base import Plan, Unit
 from weft.data.sources.picturebook_source import Picturebook
 from weft.data.stage import Drop, Loss, Outcome, Processed, drop_record, run_stages
 from weft.document import Document
@@ -92,13 +92,14 @@ def build(config: BuildConfig, out: Path, *, on_progress: Callable[[Tally], None
         UsageError: a source holds nothing, or `out` must not be replaced.
     """
     check_replaceable(out, [source.path for source in config.sources if not isinstance(source, Picturebook)])
+    units = process(config)  # plans, so before the unfinished output is there to be found
     total, skipped = Tally(), dict[str, int]()
     sources: dict[tuple[int, str], Source] = {}
     with write_folder(out) as staging:
         writer = ShardWriter(staging)
         try:
             with open(staging / LEDGER, "w", encoding="utf-8") as ledger:
-                for number, unit, items in process(config):
+                for number, unit, items in units:
                     for item in items:
                         for drop in item.drops:
                             ledger.write(_line(number, unit, drop))
@@ -133,12 +134,14 @@ def build(config: BuildConfig, out: Path, *, on_progress: Callable[[Tally], None
 
 def process(config: BuildConfig) -> Iterator[tuple[int, Unit | None, list[Processed]]]:
     """Every record after all stages, by source and unit of work, in order. Skipped files come first, without a unit."""
-    tasks: list[tuple[int, Unit]] = []
-    for number, source in enumerate(config.sources):
-        plan = SOURCES[source.kind].plan(source)
-        tasks += [(number, unit) for unit in plan.units]
+    return _process(config, [SOURCES[source.kind].plan(source) for source in config.sources])
+
+
+def _process(config: BuildConfig, plans: list[Plan]) -> Iterator[tuple[int, Unit | None, list[Processed]]]:
+    for number, plan in enumerate(plans):
         if plan.skipped:
             yield number, None, [run_stages(record, ()) for record in plan.skipped]
+    tasks = [(number, unit) for number, plan in enumerate(plans) for unit in plan.units]
     work = functools.partial(_work, config.sources, config.filters)
     seen: dict[str, str] = {}
     for (number, unit), items in zip(tasks, run(config.executor, work, tasks), strict=True):

@@ -87,7 +87,7 @@ def describe(backbone: Backbone, sequence: TokenSequence, *, has_image_branch: b
     learnt = [*sequence.is_target[1:].tolist(), False]
     inputs, outputs = layout.inputs, layout.outputs
     facts = [
-        (inputs.modality[0, t].item(), inputs.image[0, t].item(), outputs.image[0, t].item(), branches[t], learnt[t])
+        (int(inputs.modality[0, t]), int(inputs.image[0, t]), int(outputs.image[0, t]), branches[t], learnt[t])
         for t in range(len(sequence))
     ]
     stretches = []
