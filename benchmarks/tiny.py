@@ -1,7 +1,7 @@
 """What the bundled generalist can do before any tuning.    python -m benchmarks.tiny [--n 200]
 
-Free running, greedy, on scenes that its training never showed. Pictures are scored by the exact reader. The last line is
-JSON; `--out FILE` also writes it as a result file.
+Free running, greedy, on scenes that its training never showed. Pictures are scored by the exact reader. The last
+line is JSON; `--out FILE` also writes it as a result file.
 """
 
 import argparse
@@ -60,12 +60,19 @@ def main() -> None:
 
     captions = [parse_caption("".join(getattr(part, "text", "") for part in parts).strip()) for parts in told]
     attributes = {
-        name: share([c is not None and c.attributes()[name] == s.attributes()[name] for c, s in zip(captions, scenes, strict=True)])
+        name: share(
+            [
+                c is not None and c.attributes()[name] == s.attributes()[name]
+                for c, s in zip(captions, scenes, strict=True)
+            ]
+        )
         for name in ATTRIBUTES
     }
     originals = [draw(scene) for scene in scenes]
     rebuilt = [backbone.decode_image(codes) for codes in backbone.encode_images(originals)]
-    error = np.mean([(np.asarray(a, float) - np.asarray(b, float)) ** 2 for a, b in zip(originals, rebuilt, strict=True)])
+    error = np.mean(
+        [(np.asarray(a, float) - np.asarray(b, float)) ** 2 for a, b in zip(originals, rebuilt, strict=True)]
+    )
     t2i = share([scene_in(reader, parts) == scene for parts, scene in zip(drawn, scenes, strict=True)])
     edit = share([scene_in(reader, parts) == after for parts, (*_, after) in zip(edited, edits, strict=True)])
     read = share([reader.read(picture) == scene for picture, scene in zip(rebuilt, scenes, strict=True)])

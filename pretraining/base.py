@@ -1,12 +1,14 @@
-"""Train `weft/tiny` on single skills, never on stories.    python -m pretraining.base --codec DIR --tokenizer DIR --out DIR
+"""Train `weft/tiny` on single skills, never on stories.
+
+    python -m pretraining.base --codec DIR --tokenizer DIR --out DIR
 
     draw   caption -> picture              tell   picture -> caption
     edit   picture, sentence -> picture    again  picture -> the same picture
     say    text -> the same text, also a list of sentences, also across a picture
     copy   random tokens -> the same tokens   line  a sentence by itself
 
-Three phases, about 3 CPU hours together (the commands are in pretraining/README.md). Held-out scenes (`is_held_out`) are
-never shown. Progress is judged by free running, because the loss is no guide to it. Writes the folder that
+Three phases, about 3 CPU hours together (the commands are in pretraining/README.md). Held-out scenes (`is_held_out`)
+are never shown. Progress is judged by free running, because the loss is no guide to it. Writes the folder that
 `weft.backbones.tiny` reads, and `log.jsonl`.
 """
 
@@ -24,7 +26,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 from weft.backbones.tiny import TinyBackbone, TinyConfig, save
-from weft.data.sources.picturebook import Scene, Story, draw, is_held_out, random_edit, random_scene, random_story
+from weft.data.sources.picturebook import Scene, draw, is_held_out, random_edit, random_scene, random_story
 from weft.layout import ImageSpan, TextSpan, lay_out
 
 ROWS, LENGTH = 8, 384
@@ -122,7 +124,7 @@ class Documents:
         return ids, [TextSpan(s) if isinstance(s, int) else s for s in spans], first
 
     def batch(self):
-        """`ROWS` rows packed from whole documents: ids (B, L), layout, labels (B, L) with -100 where nothing is learnt."""
+        """Rows packed from whole documents: ids (B, L), layout, labels (B, L) with -100 where nothing is learnt."""
         ids = torch.full((ROWS, LENGTH), self.model.tokens.pad)
         labels = torch.full((ROWS, LENGTH), -100)
         spans = []
@@ -142,7 +144,7 @@ class Documents:
 
 @torch.no_grad()
 def free_running(model: TinyBackbone, prompts: list[list], docs: Documents) -> list[list[int]]:
-    """Greedy answers of prompts of equal length classes, without a cache: a slow, independent check of the engine's work."""
+    """Greedy answers, prompts of one length at a time; knows nothing of the engine."""
     from transformers import DynamicCache
 
     answers: list[list[int]] = [[] for _ in prompts]
@@ -153,7 +155,7 @@ def free_running(model: TinyBackbone, prompts: list[list], docs: Documents) -> l
         built.append((ids[:first], spans[:-1]))
         by_length.setdefault(first, []).append(i)
     tokens, patches = model.tokens, model.grid[0] * model.grid[1]
-    for length, members in by_length.items():
+    for members in by_length.values():
         ids = torch.tensor([built[i][0] for i in members])
         cache = DynamicCache()
         layout = lay_out([built[i][1] for i in members])
@@ -269,7 +271,7 @@ def main() -> None:
         betas=(0.9, 0.97),
     )
     print(json.dumps({"parameters": sum(p.numel() for p in trained)}), flush=True)
-    log, start, spent = [], time.time(), 0.0
+    log, start = [], time.time()
     sums = {"text": [0.0, 0], "image": [0.0, 0]}
     step = 0
     while True:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch.nn import functional as F
 
 from weft.codecs.vq import VQCodec, VQConfig
 from weft.data.sources.picturebook import Scene, _pixels, draw, is_held_out, random_scene

@@ -32,9 +32,14 @@ def test_a_failed_folder_leaves_the_old_one_and_nothing_else(tmp_path, monkeypat
     if existing:
         with write_folder(folder) as staging:
             (staging / "a").write_text("old")
-    with pytest.raises(ZeroDivisionError), write_folder(folder) as staging:
-        (staging / "a").write_text("new")
-        1 / 0
+
+    def fail_half_way():
+        with write_folder(folder) as staging:
+            (staging / "a").write_text("new")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail_half_way()
     assert os.listdir(tmp_path) == (["out"] if existing else [])
     if existing:
         assert (folder / "a").read_text() == "old"

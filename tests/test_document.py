@@ -10,7 +10,12 @@ from weft.document import Document, Image, Text, Turn, assistant, from_json, use
 from weft.errors import DocumentError
 
 PARTS = st.one_of(st.text().map(Text), st.text(min_size=1).map(lambda path: Image(path=path)))
-TURNS = st.builds(Turn, st.sampled_from(["system", "user", "assistant"]), st.lists(PARTS).map(tuple), st.sampled_from([None, True, False]))
+TURNS = st.builds(
+    Turn,
+    st.sampled_from(["system", "user", "assistant"]),
+    st.lists(PARTS).map(tuple),
+    st.sampled_from([None, True, False]),
+)
 
 
 @given(st.builds(Document, st.lists(TURNS, min_size=1).map(tuple), st.none() | st.text(), st.just({"source": "x"})))

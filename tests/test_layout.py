@@ -29,7 +29,9 @@ def test_the_last_position_predicts_the_next_patch_of_an_unfinished_picture(pres
 
 
 SPANS = st.lists(
-    st.one_of(st.integers(1, 3).map(TextSpan), st.builds(ImageSpan, st.integers(1, 3), st.integers(1, 3))), min_size=1, max_size=5
+    st.one_of(st.integers(1, 3).map(TextSpan), st.builds(ImageSpan, st.integers(1, 3), st.integers(1, 3))),
+    min_size=1,
+    max_size=5,
 )
 
 

@@ -2,8 +2,8 @@
 
 The same form on disk, over HTTP, in prompts and in answers:
 
-    {"id": ..., "messages": [{"role": "user", "content": [{"type": "text", "text": ...},
-                                                          {"type": "image", "image": "relative/path.png"}]}], "meta": {...}}
+    {"id": ..., "meta": {...}, "messages": [{"role": "user", "content": [
+        {"type": "text", "text": ...}, {"type": "image", "image": "a/path.png"}]}]}
 
 A picture carries its encoded bytes, or a relative path under the document's folder, or both. Decoding the bytes is the
 business of `images.py`.

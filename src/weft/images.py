@@ -36,7 +36,7 @@ def decode_image(data: bytes, *, where: str | None = None, max_pixels: int = MAX
         # Pillow's own bomb check would only warn below twice its limit; ours is an error at the stated size
         limit, PILImage.MAX_IMAGE_PIXELS = PILImage.MAX_IMAGE_PIXELS, None
         try:
-            picture = PILImage.open(io.BytesIO(data), formats=FORMATS)
+            picture: PILImage.Image = PILImage.open(io.BytesIO(data), formats=FORMATS)
         finally:
             PILImage.MAX_IMAGE_PIXELS = limit
         width, height = picture.size

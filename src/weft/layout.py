@@ -9,7 +9,7 @@ position's input is and one for what it predicts, which in a next-token model is
 Made by the collator in training and by the engine in decoding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 
@@ -59,17 +59,20 @@ class Plane:
     row: Tensor
     col: Tensor
 
-    def map(self, function) -> "Plane":  # noqa: ANN001 - Tensor -> Tensor
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Plane":
         return Plane(*(function(getattr(self, f.name)) for f in fields(self)))
 
 
 @dataclass(frozen=True)
 class ModalityLayout:
-    """`inputs`: what each position reads. `outputs`: what it predicts. `grids` (B, N, 2): rows, cols of each picture."""
+    """A batch of sequences."""
 
     inputs: Plane
+    """What each position reads."""
     outputs: Plane
+    """What it predicts."""
     grids: Tensor
+    """(B, N, 2) rows and columns of each picture of each sequence."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,7 +84,7 @@ class ModalityLayout:
         """(B, L) bool: not padding."""
         return self.inputs.modality != Modality.NONE
 
-    def map(self, function) -> "ModalityLayout":  # noqa: ANN001 - Tensor -> Tensor
+    def map(self, function: Callable[[Tensor], Tensor]) -> "ModalityLayout":
         return ModalityLayout(self.inputs.map(function), self.outputs.map(function), function(self.grids))
 
     def to(self, device: torch.device | str) -> "ModalityLayout":
@@ -135,7 +138,7 @@ def lay_out(sequences: Sequence[Sequence[Span]], *, length: int | None = None, l
         if lengths[b] and planes[0, b, at] == Modality.NONE:
             planes[0, b, at] = Modality.TEXT  # what the last position predicts
     inputs, outputs = planes[:, :, :-1].clone(), planes[:, :, 1:].clone()
-    for b, spans in enumerate(sequences):
+    for b in range(batch):
         end = starts[b] + lengths[b]
         inputs[0, b, end:], inputs[1:, b, end:] = Modality.NONE, -1
         outputs[0, b, end:], outputs[1:, b, end:] = Modality.NONE, -1
@@ -148,11 +151,13 @@ def _check_image(span: ImageSpan, sequence: int, at: int, *, last: bool) -> int:
     whole = span.rows * span.cols
     if whole <= 0 or not 0 <= span.length <= whole:
         raise LayoutError(
-            f"sequence {sequence}, position {at}: a picture of {span.rows} x {span.cols} patches cannot have {span.length}"
+            f"sequence {sequence}, position {at}: "
+            f"a picture of {span.rows} x {span.cols} patches cannot have {span.length}"
         )
     if span.length < whole and not last:
         raise LayoutError(
-            f"sequence {sequence}, position {at}: a picture has {span.length} of its {whole} patches and is not the last span"
+            f"sequence {sequence}, position {at}: "
+            f"a picture has {span.length} of its {whole} patches and is not the last span"
         )
     return whole
 

@@ -22,8 +22,8 @@ from weft.adapters import (
 )
 from weft.backbones.base import DecodeStep
 from weft.backbones.tiny import load
-from weft.errors import AdapterError, ConfigError, RoutingError
 from weft.config import load_config
+from weft.errors import AdapterError, ConfigError, RoutingError
 from weft.layout import ImageSpan, TextSpan, lay_out
 
 PICTURE = ImageSpan(2, 2)

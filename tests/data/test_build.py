@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +16,9 @@ import pytest
 from tests.data.corpus import DAMAGED, GOOD, MIXED, chat, line, png, write, write_mixed
 from weft.data import open_dataset
 from weft.data.build import BuildConfig, build
+from weft.data.executor import ExecutorConfig, run
 from weft.data.stage import Count, count
-from weft.errors import CheckpointError, DocumentError, UsageError
+from weft.errors import CheckpointError, DocumentError, UsageError, WeftError
 
 SAMPLES = Path(__file__).parents[2].parent / "shared" / "data" / "samples"
 
@@ -154,6 +157,26 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, call):
     with pytest.raises(OSError, match="No space"):
         build(made, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir() if "out" in entry.name] == ["outside.png"]
+
+
+def test_a_file_that_cannot_grow_leaves_nothing_and_says_why(tmp_path):
+    program = (
+        "import resource, signal, sys\nfrom weft.cli import main\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\nmain(sys.argv[1:])"
+    )
+    (tmp_path / "recipe.yaml").write_text("sources: [{kind: picturebook, n: 100}]")
+    command = [sys.executable, "-c", program, "data", "build", "recipe.yaml", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_dead_worker_is_an_error_with_a_way_out():
+    with pytest.raises(WeftError, match="worker process died") as error:
+        list(run(ExecutorConfig(kind="processes", workers=1), os._exit, [3]))
+    assert "--executor.kind serial" in error.value.fix
 
 
 def test_a_failed_build_leaves_the_dataset_that_was_there(tmp_path, monkeypatch):

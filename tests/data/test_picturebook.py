@@ -1,4 +1,4 @@
-"""The world's grammar: one meaning per sentence, valid edits only, and a reader that is never wrong on clean pictures."""
+"""The world's grammar: one meaning per sentence, only valid edits, and a reader that is right on clean pictures."""
 
 import random
 

@@ -43,7 +43,7 @@ class MossConfig(PeftConfig):
     LoRA, MoE-LoRA and MoSS are three settings of it: no image branch of its own, one with kernel 1, one with kernel 2.
     """
 
-    target_modules: list[str] | str | None = field(default="all-linear")
+    target_modules: set[str] | list[str] | str | None = field(default="all-linear")
     """Names or a regular expression, as in PEFT."""
     exclude_modules: list[str] | str | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
@@ -65,15 +65,22 @@ class MossConfig(PeftConfig):
                 "the text branch is linear: text has no grid", fix="set a kernel on the image branch only"
             )
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment] - what PEFT compares with
+            self.target_modules = set(self.target_modules)  # what PEFT compares with
+
+    @property
+    def branches(self) -> tuple[Branch, Branch | None]:
+        """The text branch, and the image branch if it has one of its own."""
+        assert isinstance(self.text, Branch)
+        assert self.image is None or isinstance(self.image, Branch)
+        return self.text, self.image
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         if isinstance(self.target_modules, set):
             # a set's order differs between processes; saved folders must not
             values["target_modules"] = sorted(self.target_modules)
-        values["text"] = asdict(self.text)  # type: ignore[call-overload]
-        values["image"] = None if self.image is None else asdict(self.image)  # type: ignore[call-overload]
+        text, image = self.branches
+        values["text"], values["image"] = asdict(text), None if image is None else asdict(image)
         return values
 
 
@@ -81,7 +88,7 @@ class AdapterConfig(Config):
     """The adapter section of a recipe."""
 
     kind: Literal["lora", "moe_lora", "moss"] = "moss"
-    """`lora`: one branch for all positions. `moe_lora`: one linear branch per modality. `moss`: a convolution for pictures."""
+    """`lora`: one branch for all positions. `moe_lora`: a linear one per modality. `moss`: a convolution for pictures."""
     rank: PositiveInt = 8
     alpha: float | None = None
     """The update is multiplied by alpha / rank; left out, alpha is twice the rank."""

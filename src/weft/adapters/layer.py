@@ -1,7 +1,7 @@
 """One adapted linear layer: the frozen layer's output plus, at each position, the branch that its route names."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,13 +21,19 @@ class MossLinear(nn.Module, BaseTunerLayer):
     (k * k * R, C) and `moss_image_B` (E, R). Without one, the text branch serves every position: plain LoRA.
     """
 
+    base_layer: nn.Module
+    active_adapters: list[str]
+    in_features: int
+    out_features: int
+    merged_adapters: list[str]
+
     adapter_layer_names = ("moss_text_A", "moss_text_B", "moss_image_A", "moss_image_B")
     other_param_names = ("moss_branches",)
 
     def __init__(self, base_layer: nn.Module, routing: RoutingState) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.in_features, self.out_features = cast(int, base_layer.in_features), cast(int, base_layer.out_features)
         self.routing = routing
         self.moss_text_A, self.moss_text_B = nn.ParameterDict(), nn.ParameterDict()
         self.moss_image_A, self.moss_image_B = nn.ParameterDict(), nn.ParameterDict()
@@ -36,7 +42,7 @@ class MossLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def update_layer(self, name: str, text: Branch, image: Branch | None, *, inference_mode: bool = False) -> None:
-        """Add the parameters of an adapter: down-projections random, up-projections zero, so nothing changes at first."""
+        """Add the parameters of an adapter: down-projections random, up-projections zero, so that nothing changes."""
         self.moss_branches[name] = (text, image)
         for branch, down, up in (
             (text, self.moss_text_A, self.moss_text_B),
@@ -48,8 +54,9 @@ class MossLinear(nn.Module, BaseTunerLayer):
                 # Kaiming-uniform with a = sqrt(5), as torch's own Linear and Conv2d
                 nn.init.uniform_(down[name], -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
                 up[name] = nn.Parameter(torch.zeros(self.out_features, branch.rank))
-        self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        host = cast(Any, self)  # PEFT has no types
+        host._move_adapter_to_device_of_base_layer(name)
+        host.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x, *args, **kwargs)
@@ -64,7 +71,7 @@ class MossLinear(nn.Module, BaseTunerLayer):
         text, image = self.moss_branches[name]
         routes = self.routing.of(x.shape)
         down, up = self.moss_text_A[name], self.moss_text_B[name]
-        x = self._cast_input_dtype(x, down.dtype)
+        x = x.to(down.dtype)
         if image is None:
             return out + (_up(F.linear(self._drop(x, text), down), up, text)).to(out.dtype)
         flat, total = x.reshape(-1, self.in_features), out.reshape(-1, self.out_features)
@@ -76,7 +83,7 @@ class MossLinear(nn.Module, BaseTunerLayer):
         return total.reshape(out.shape)
 
     def _image_delta(self, flat: Tensor, routes: Routes, name: str, branch: Branch) -> tuple[Tensor, Tensor]:
-        """(n,) flat positions and (n, E) what the image branch adds there; n may be 0, which keeps gradients zero, not None."""
+        """(n,) flat positions and (n, E) what is added there; with n = 0 gradients are zero, not None."""
         taps, up = self.moss_image_A[name], self.moss_image_B[name]
         if routes.ring is not None:
             ring = routes.ring
@@ -94,14 +101,14 @@ class MossLinear(nn.Module, BaseTunerLayer):
     def _picture_delta(
         self, flat: Tensor, group: ImageGroup, taps: Tensor, up: Tensor, branch: Branch
     ) -> tuple[Tensor, Tensor]:
-        if group.whole:
-            x = flat[group.index]
-        else:  # patches that are not there yet read a row of zeros; causality keeps them out of the others
-            x = torch.cat((flat, flat.new_zeros(1, flat.shape[1])))[group.index]
+        if not group.whole:
+            # patches that are not there yet read a row of zeros; causality keeps them out of the others
+            flat = torch.cat((flat, flat.new_zeros(1, flat.shape[1])))
+        x = flat[group.index]
         z = causal_conv(self._drop(x, branch), taps, branch.kernel, group.grid)
         rows, z = group.index.reshape(-1), z.reshape(-1, branch.rank)
         if not group.whole:
-            there = rows < len(flat)
+            there = rows < len(flat) - 1
             rows, z = rows[there], z[there]
         return rows, _up(z, up, branch)
 

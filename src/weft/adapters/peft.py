@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
-from weft.adapters.config import PEFT_TYPE, Branch, MossConfig
+from weft.adapters.config import PEFT_TYPE, MossConfig
 from weft.adapters.layer import MossLinear
 from weft.adapters.routing import RoutingState
 from weft.errors import AdapterError
@@ -40,7 +40,7 @@ class MossModel(BaseTuner):
         **_: Any,
     ) -> None:
         if isinstance(target, MossLinear):
-            target.update_layer(adapter_name, *_branches(config), inference_mode=config.inference_mode)
+            target.update_layer(adapter_name, *config.branches, inference_mode=config.inference_mode)
             return
         features = (getattr(target, "in_features", None), getattr(target, "out_features", None))
         if not all(isinstance(size, int) for size in features):
@@ -49,7 +49,7 @@ class MossModel(BaseTuner):
                 fix="name linear layers in target_modules",
             )
         layer = MossLinear(target, self.routing)
-        layer.update_layer(adapter_name, *_branches(config), inference_mode=config.inference_mode)
+        layer.update_layer(adapter_name, *config.branches, inference_mode=config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -77,12 +77,6 @@ class MossModel(BaseTuner):
                     fix="load the adapter on the base model it was trained on",
                 )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _branches(config: MossConfig) -> tuple[Branch, Branch | None]:
-    assert isinstance(config.text, Branch)
-    assert config.image is None or isinstance(config.image, Branch)
-    return config.text, config.image
 
 
 def _with_prefix(key: str, wanted: dict[str, torch.Size]) -> str:

@@ -1,8 +1,8 @@
 """Which position takes which branch: the rule, and the state that carries it to every adapted layer of one model.
 
-A position takes the branch of what its hidden state is decoded into: the image branch where it predicts a patch, the text
-branch where it predicts a token, none where it is padding. So the position of `[IMG]` takes the image branch for patch 0
-and the position of the last patch takes the text branch.
+A position takes the branch of what its hidden state is decoded into: the image branch where it predicts a patch, the
+text branch where it predicts a token, none where it is padding. So the position of `[IMG]` takes the image branch for
+patch 0 and the position of the last patch takes the text branch.
 Source: Xu et al. 2024 (arXiv:2407.03604), section 3.2.
 
 The state is set before a forward and stays until the next one, so that activation checkpointing, which runs layers
@@ -66,7 +66,7 @@ class RingCache:
         self._rings: dict[tuple[int, str], Tensor] = {}
 
     def ring(self, layer: object, adapter: str, size: int, like: Tensor) -> Tensor:
-        """(slots, >= size, R) partial sums of one layer, zero at first; R, dtype and device are those of `like` (.., R)."""
+        """(slots, >= size, R) partial sums of one layer, zero at first; R, dtype and device as `like` (..., R)."""
         key = (id(layer), adapter)
         ring = self._rings.get(key)
         if ring is None or ring.shape[1] < size:

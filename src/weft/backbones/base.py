@@ -1,10 +1,10 @@
 """What every generalist offers: tokens, a decoder stack whose heads are applied outside, and pictures as elements.
 
-A protocol, no base class. Everything else - masks, caches, guidance, losses, the interleaved loop - is generic and lives
-above (`train/`, `generate/`).
+A protocol, no base class. Everything else - masks, caches, guidance, losses, the interleaved loop - is generic and
+lives above (`train/`, `generate/`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -36,7 +36,7 @@ class SpecialTokens:
     begin_image: int
     end_image: int
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[int]:
         return iter((self.begin, self.end, self.pad, self.separator, self.begin_image, self.end_image))
 
 

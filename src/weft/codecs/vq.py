@@ -8,7 +8,6 @@ which is what a language model over them needs. All context is the decoder's bus
 
 from dataclasses import dataclass
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -11,6 +11,7 @@ A part of type image holds its place in `images`. Pictures keep the bytes they c
 manifest that makes it whole.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -45,7 +46,7 @@ _FEATURES = {
         }
     ],
     "images": [{"_type": "Image"}],
-    "sha256": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "Sequence"},
+    "sha256": [{"dtype": "string", "_type": "Value"}],
     "meta": {"dtype": "string", "_type": "Value"},
 }
 SCHEMA = pa.schema(
@@ -103,7 +104,9 @@ class ShardWriter:
     def abort(self) -> None:
         """Let go of the open file; what it holds is of no use."""
         if self._writer is not None:
-            self._writer.close()
+            # on a full disk the end of the file cannot be written either; the first error is the one to tell
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
     def _end_group(self) -> None:
         if self._writer is None:

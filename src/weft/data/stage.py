@@ -157,4 +157,4 @@ def _total(losses: Iterable[Loss], whole: Count) -> Count:
 
 
 def _size(loss: Loss, whole: Count) -> Count:
-    return {"file": Count(), "record": whole, "text": Count(texts=1), "image": Count()}[loss.what]
+    return {"file": Count(), "record": whole, "text": Count(texts=1), "image": Count(images=1)}[loss.what]

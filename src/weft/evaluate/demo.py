@@ -7,14 +7,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from weft.atomic import write_json, write_text
 from weft.data.sources.picturebook import Reader
 from weft.evaluate.report import COLUMNS, Arm, cells, render
 from weft.evaluate.tasks.picturebook import held_out_stories, prompt, score_story, summarise
 
-TRAINING_STORIES = 3000
+ARMS: tuple[Literal["base", "lora", "moss"], ...] = ("base", "lora", "moss")
+TRAINING_STORIES = 2400
 RANK = 8
 SLOTS = 40
 CONTEXT = 448
@@ -43,7 +44,7 @@ def run_demo(out: Path, *, steps: int, stories: int, threads: int, say: Callable
     backbone, reader = load_backbone("tiny"), Reader()
     sampling = SamplingConfig(max_images=4, max_text_tokens=96)
     arms = []
-    for name in ("base", "lora", "moss"):
+    for name in ARMS:
         began, parameters, metrics = time.monotonic(), 0, []
         if name != "base":
             metrics = tune(name, data, out / name, steps=steps, threads=threads, say=say)
@@ -78,8 +79,8 @@ def run_demo(out: Path, *, steps: int, stories: int, threads: int, say: Callable
         arms,
         held_out,
         title="Teaching a small generalist to write illustrated stories",
-        summary="The base knows single skills: draw a caption, caption a picture, change a picture. It has never seen a "
-        "story. Each adapter learns on the same stories to write text and pictures in turn; the base stays frozen.",
+        summary="The base knows single skills: draw a caption, caption a picture, change a picture. It has never seen "
+        "a story. Each adapter learns on the same stories to write text and pictures in turn; the base stays frozen.",
         facts=facts,
     )
     write_text(out / "report.html", page)
@@ -95,7 +96,9 @@ def build_stories(out: Path) -> None:
     build(BuildConfig(sources=(Picturebook(task="story", n=TRAINING_STORIES, seed=1),)), out)
 
 
-def tune(kind: str, data: Path, out: Path, *, steps: int, threads: int, say: Callable[..., None]) -> list[dict[str, Any]]:
+def tune(
+    kind: Literal["lora", "moss"], data: Path, out: Path, *, steps: int, threads: int, say: Callable[..., None]
+) -> list[dict[str, Any]]:
     """Train one adapter into `out`; returns its losses by step. A finished run of the same recipe is used as it is."""
     from weft.adapters import AdapterConfig
     from weft.train import TrainConfig, train

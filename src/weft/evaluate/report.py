@@ -35,7 +35,13 @@ def cells(summary: StorySummary) -> tuple[Share, ...]:
 
 
 def render(
-    arms: Sequence[Arm], stories: Sequence[Story], *, title: str, summary: str, facts: Mapping[str, str], shown: int = 12
+    arms: Sequence[Arm],
+    stories: Sequence[Story],
+    *,
+    title: str,
+    summary: str,
+    facts: Mapping[str, str],
+    shown: int = 12,
 ) -> str:
     """The whole page as HTML."""
     import jinja2
@@ -67,10 +73,14 @@ def loss_curves(arms: Sequence[Arm]) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "weft", "font.size": 10}):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         FigureCanvasSVG(figure)
-        for axes, key, name in zip(figure.subplots(1, 2), ("image_loss", "text_loss"), ("picture", "text"), strict=True):
+        for axes, key, name in zip(
+            figure.subplots(1, 2), ("image_loss", "text_loss"), ("picture", "text"), strict=True
+        ):
             for arm in arms:
                 if arm.metrics:
-                    axes.plot([row["step"] for row in arm.metrics], [row[key] for row in arm.metrics], label=arm.name, lw=1)
+                    axes.plot(
+                        [row["step"] for row in arm.metrics], [row[key] for row in arm.metrics], label=arm.name, lw=1
+                    )
             axes.set(title=f"{name} loss, nats per element", xlabel="step", yscale="log")
             axes.grid(alpha=0.3)
             if axes.lines:

@@ -6,10 +6,10 @@ tests. Both run the code path that real checkpoints take.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,10 +54,8 @@ class TinyBackbone(nn.Module):
         self.config, self.name, self.tokenizer = config, name, tokenizer
         # text that spells a control token stays text
         tokenizer.encode_special_tokens = True
-        ids = [tokenizer.token_to_id(token) for token in SPECIAL]
-        self.tokens = SpecialTokens(
-            pad=ids[0], begin=ids[1], end=ids[2], separator=ids[3], begin_image=ids[4], end_image=ids[5]
-        )
+        pad, begin, end, separator, begin_image, end_image = map(_id_in(tokenizer), SPECIAL)
+        self.tokens = SpecialTokens(begin, end, pad, separator, begin_image, end_image)
         self.grid = config.codec.grid
         self.picture_size = (config.codec.side, config.codec.side)
         self.context_length = config.context_length
@@ -150,6 +148,18 @@ class TinyBackbone(nn.Module):
         return logits
 
 
+def _id_in(tokenizer: "Tokenizer") -> Callable[[str], int]:
+    def look_up(token: str) -> int:
+        number = tokenizer.token_to_id(token)
+        if number is None:
+            raise CheckpointError(
+                f"the tokenizer has no {token}", fix="use the tokenizer that was saved with the model"
+            )
+        return number
+
+    return look_up
+
+
 def _to_tensor(picture: "PILImage.Image", side: int) -> Tensor:
     """Any RGB picture -> (3, side, side) in [-1, 1]: centre crop to a square, then area-averaged."""
     import numpy as np
@@ -210,7 +220,7 @@ def _load_strictly(model: nn.Module, weights: dict[str, Tensor], folder: Path) -
             raise CheckpointError(f"tensor {key} is not part of this model", where=str(folder / "model.safetensors"))
         if wanted[key].shape != weights[key].shape:
             raise CheckpointError(
-                f"tensor {key} has shape {tuple(weights[key].shape)}, the configuration wants {tuple(wanted[key].shape)}",
+                f"tensor {key} has shape {tuple(weights[key].shape)}, this model wants {tuple(wanted[key].shape)}",
                 where=str(folder / "model.safetensors"),
             )
     model.load_state_dict({key: tensor.to(wanted[key].dtype) for key, tensor in weights.items()})

@@ -120,9 +120,8 @@ def random_scene(rng: random.Random, *, two_things: float = 0.6) -> Scene:
     first, second = (
         Thing(kind, rng.choice(COLORS), rng.choice(SIZES)) for kind in rng.sample(KINDS, 2)
     )  # different kinds
-    if rng.random() < two_things:
-        things = (("left", first), ("right", second))
-    else:
+    things: tuple[tuple[str, Thing], ...] = (("left", first), ("right", second))
+    if rng.random() >= two_things:
         things = ((rng.choice(PLACES), first),)
     return Scene(rng.choice(SETTINGS), rng.choice(TIMES), things)
 
@@ -400,7 +399,9 @@ class Reader:
                 }
                 blank = {"left": empty[:, :half].astype(np.float32), "right": empty[:, half:].astype(np.float32)}
                 drawn = {place: _Table(table.reshape(len(self._things), -1)) for place, table in halves.items()}
-                self._tables.append((setting, time, drawn, {place: _Table(b.reshape(1, -1)) for place, b in blank.items()}))
+                self._tables.append(
+                    (setting, time, drawn, {place: _Table(b.reshape(1, -1)) for place, b in blank.items()})
+                )
 
     def read(self, picture: PILImage.Image) -> Scene:
         """The nearest scene to a `SIDE` x `SIDE` picture (another size is scaled first)."""
