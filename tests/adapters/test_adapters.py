@@ -83,7 +83,7 @@ def test_step_by_step_equals_the_full_pass(kind, kernel, name, left):
     ids, batch = ids_for(layout), layout.shape[0]
     full = run(backbone, layout, ids)
     real, positions = layout.is_real, (layout.is_real.cumsum(1) - 1).clamp_min(0)
-    cache, rings, slots, steps = DynamicCache(), RingCache(batch + 1), torch.arange(batch) + 1, []
+    cache, rings, slots, steps = DynamicCache(), RingCache(batch + 1, columns=2), torch.arange(batch) + 1, []
     for t in range(layout.shape[1]):
         now = layout[t : t + 1]
         starts = (now.outputs.row == 0) & (now.outputs.col == 0)

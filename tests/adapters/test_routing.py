@@ -92,10 +92,10 @@ def test_running_without_a_layout_or_with_another_batchs_raises():
 
 
 def test_rings_reset_and_reorder_by_slot():
-    rings = RingCache(3)
-    ring = rings.ring(rings, "default", 4, torch.zeros(0, 2))
+    rings = RingCache(3, columns=2)
+    ring = rings.ring(rings, "default", 4, torch.zeros(2, 5), 2)
     ring[0], ring[1], ring[2] = 1.0, 2.0, 3.0
     rings.reorder(torch.tensor([2, 2, 0]))
-    assert rings.ring(rings, "default", 4, ring)[:, 0, 0].tolist() == [3, 3, 1]
+    assert rings.ring(rings, "default", 4, ring, 2)[:, 0, 0].tolist() == [3, 3, 1]
     rings.reset([1])
-    assert rings.ring(rings, "default", 4, ring)[:, 0, 0].tolist() == [3, 0, 1]
+    assert rings.ring(rings, "default", 4, ring, 2)[:, 0, 0].tolist() == [3, 0, 1]

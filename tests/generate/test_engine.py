@@ -140,10 +140,10 @@ def test_rows_that_join_and_leave_at_random_answer_as_if_alone(backbone, adapter
         assert engine.free_slots == 4
 
 
-def test_neighbours_do_not_change_a_bit(nano):
-    lone = Spy(nano)
+def test_neighbours_do_not_change_a_bit(backbone):
+    lone = Spy(backbone)
     alone(lone, PROMPTS[3], CONFIGS[1])
-    crowd = Spy(nano)
+    crowd = Spy(backbone)
     engine = Engine(crowd, slots=4)
     for step in range(3):
         engine.submit(PROMPTS[5], CONFIGS[2])

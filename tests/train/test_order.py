@@ -26,6 +26,11 @@ def test_orders_differ_by_seed_and_epoch_and_not_by_anything_else():
     assert permutation(1, 2, 50) == orders[1, 2]
 
 
+def test_each_epoch_is_shuffled_anew():
+    first, second = batch_of_step(0, 1, 30, 30), batch_of_step(0, 2, 30, 30)
+    assert first != second != sorted(second)
+
+
 def test_the_order_is_the_same_on_every_machine():
     # golden: what a stored run was trained on must stay what it was
     assert permutation(7, 0, 8) == (4, 1, 6, 3, 2, 7, 5, 0)

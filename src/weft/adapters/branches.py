@@ -51,11 +51,14 @@ def ring_size(kernel: int, cols: int) -> int:
     return (kernel - 1) * cols + kernel
 
 
-def ring_step(x: Tensor, taps: Tensor, kernel: int, ring: Tensor, slots: Tensor, place: Tensor, cols: Tensor) -> Tensor:
+def ring_step(
+    x: Tensor, taps: Tensor, kernel: int, ring: Tensor, slots: Tensor, place: Tensor, cols: Tensor, active: Tensor
+) -> Tensor:
     """z of the conv branch for one new patch per picture, and the partial sums it leaves for later ones.
 
     Every tap product of the new patch is formed once: the self tap completes this patch's sum, the others are added
-    where later patches will need them. Equal to `causal_conv` up to the order of summation.
+    where later patches will need them. Equal to `causal_conv` up to the order of summation. Shapes depend on no value
+    and nothing waits for the device.
 
     Args:
         x: (n, C), one patch of each of n pictures.
@@ -63,19 +66,22 @@ def ring_step(x: Tensor, taps: Tensor, kernel: int, ring: Tensor, slots: Tensor,
         slots: (n,) distinct slots in `ring`.
         place: (n,) raster index of the patch.
         cols: (n,) columns of its grid; `ring_size(kernel, cols)` <= size.
+        active: (n,) bool. Other rows leave their slot as it is, and their z means nothing.
 
     Returns:
         (n, R).
     """
     size, rank = ring.shape[1:]
-    products = F.linear(x, taps).view(len(x), kernel, kernel, rank)
-    here = (slots, place % size)
-    z = ring[here] + products[:, 0, 0]
-    ring[here] = 0
-    a, b = torch.meshgrid(*(torch.arange(kernel, device=x.device),) * 2, indexing="ij")
-    reaches = place[:, None, None] % cols[:, None, None] + b < cols[:, None, None]  # (n, k, k): not past the right edge
-    reaches[:, 0, 0] = False
-    ahead = (place[:, None, None] + a * cols[:, None, None] + b) % size
-    rows = slots[:, None, None].expand_as(ahead)
-    ring.index_put_((rows[reaches], ahead[reaches]), products[reaches], accumulate=True)
+    products = F.linear(x, taps).view(-1, kernel, kernel, rank)
+    here = place % size
+    waiting = ring[slots, here]
+    z = waiting + products[:, 0, 0]
+    ring[slots, here] = waiting * ~active.unsqueeze(1)
+    place, cols = place[:, None, None], cols[:, None, None]
+    a = torch.arange(kernel, device=x.device)[:, None]
+    b = torch.arange(kernel, device=x.device)
+    reaches = (place % cols.clamp_min(1) + b < cols) & ((a > 0) | (b > 0))  # (n, k, k): later, not past the right edge
+    ahead = slots[:, None, None] * size + (place + a * cols + b) % size
+    left = products * (reaches & active[:, None, None]).unsqueeze(-1)
+    ring.view(-1, rank).index_add_(0, ahead.reshape(-1), left.view(-1, rank))
     return z

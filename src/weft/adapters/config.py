@@ -88,7 +88,7 @@ class AdapterConfig(Config):
     """The adapter section of a recipe."""
 
     kind: Literal["lora", "moe_lora", "moss"] = "moss"
-    """`lora`: one branch for all positions. `moe_lora`: a linear one per modality. `moss`: a convolution for pictures."""
+    """`lora`: one branch for all. `moe_lora`: a linear one per modality. `moss`: a convolution for pictures."""
     rank: PositiveInt = 8
     alpha: float | None = None
     """The update is multiplied by alpha / rank; left out, alpha is twice the rank."""

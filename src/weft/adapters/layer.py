@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from weft.adapters.branches import causal_conv, ring_size, ring_step
 from weft.adapters.config import Branch
-from weft.adapters.routing import ImageGroup, Routes, RoutingState
+from weft.adapters.routing import ImageGroup, Routes, RoutingState, StepRoutes
 from weft.errors import AdapterError
 
 
@@ -74,6 +74,8 @@ class MossLinear(nn.Module, BaseTunerLayer):
         x = x.to(down.dtype)
         if image is None:
             return out + (_up(F.linear(self._drop(x, text), down), up, text)).to(out.dtype)
+        if isinstance(routes, StepRoutes):
+            return out + self._step_delta(x, routes, name, text, image).reshape(out.shape).to(out.dtype)
         flat, total = x.reshape(-1, self.in_features), out.reshape(-1, self.out_features)
         chosen = self._drop(flat[routes.text], text)
         delta = _up(F.linear(chosen, down), up, text)
@@ -82,16 +84,23 @@ class MossLinear(nn.Module, BaseTunerLayer):
         total = total.index_add(0, rows, delta.to(total.dtype))
         return total.reshape(out.shape)
 
+    def _step_delta(self, x: Tensor, routes: StepRoutes, name: str, text: Branch, image: Branch) -> Tensor:
+        """(B, E) for one cached step. Both branches are computed for every row and one is chosen, so that what a row
+        gets does not depend, in its last bits, on what its neighbours take."""
+        rings = self.routing.rings
+        assert rings is not None
+        x = x.reshape(-1, self.in_features)
+        taps, down = self.moss_image_A[name], self.moss_text_A[name]
+        ring = rings.ring(self, name, ring_size(image.kernel, rings.columns), taps, image.rank)
+        z = ring_step(x, taps, image.kernel, ring, routes.slots, routes.place, routes.cols, routes.is_image)
+        picture = _up(z, self.moss_image_B[name], image)
+        words = _up(F.linear(x, down), self.moss_text_B[name], text)
+        delta = torch.where(routes.is_image.unsqueeze(1), picture, words)
+        return delta.where((routes.is_image | routes.is_text).unsqueeze(1), delta.new_zeros(()))
+
     def _image_delta(self, flat: Tensor, routes: Routes, name: str, branch: Branch) -> tuple[Tensor, Tensor]:
         """(n,) flat positions and (n, E) what is added there; with n = 0 gradients are zero, not None."""
         taps, up = self.moss_image_A[name], self.moss_image_B[name]
-        if routes.ring is not None:
-            ring = routes.ring
-            size = ring_size(branch.kernel, int(ring.cols.max()))
-            assert self.routing.rings is not None
-            sums = self.routing.rings.ring(self, name, size, flat.new_empty(0, branch.rank))
-            z = ring_step(flat[ring.index], taps, branch.kernel, sums, ring.slots, ring.place, ring.cols)
-            return ring.index, _up(z, up, branch)
         if not routes.images:
             none = flat[:0]
             return routes.text[:0], _up(F.linear(none, taps)[:, : branch.rank], up, branch)

@@ -31,50 +31,49 @@ class ImageGroup:
 
 
 @dataclass(frozen=True)
-class RingStep:
-    """One new patch for each of n pictures, in cached decoding."""
-
-    index: Tensor
-    """(n,) flat position."""
-    slots: Tensor
-    """(n,) cache slot."""
-    place: Tensor
-    """(n,) raster index of the patch."""
-    cols: Tensor
-    """(n,) columns of its grid."""
-
-
-@dataclass(frozen=True)
 class Routes:
-    """Index lists of one forward, made once and used by every layer."""
+    """Index lists of one forward over whole sequences, made once and used by every layer."""
 
     shape: tuple[int, int]
     text: Tensor
     """(T,) flat positions of the text branch."""
     images: tuple[ImageGroup, ...]
-    ring: RingStep | None
+
+
+@dataclass(frozen=True)
+class StepRoutes:
+    """One cached decoding step of B rows, one position each. All (B,): every row is computed, whatever it takes."""
+
+    shape: tuple[int, int]
+    is_text: Tensor
+    is_image: Tensor
+    slots: Tensor
+    """Cache slot."""
+    place: Tensor
+    """Raster index of the patch to be predicted, 0 where there is none."""
+    cols: Tensor
+    """Columns of its grid."""
 
 
 class RingCache:
     """The conv branches' partial sums, one ring per adapted layer and adapter, for a fixed number of cache slots.
 
     Owned by whoever decodes; a slot must be reset when a picture starts in it.
+
+    Args:
+        columns: of the widest grid to be decoded.
     """
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, slots: int, columns: int) -> None:
+        self.slots, self.columns = slots, columns
         self._rings: dict[tuple[int, str], Tensor] = {}
 
-    def ring(self, layer: object, adapter: str, size: int, like: Tensor) -> Tensor:
-        """(slots, >= size, R) partial sums of one layer, zero at first; R, dtype and device as `like` (..., R)."""
+    def ring(self, layer: object, adapter: str, size: int, taps: Tensor, rank: int) -> Tensor:
+        """(slots, size, rank) partial sums of one layer, zero at first, like `taps` in dtype and device."""
         key = (id(layer), adapter)
-        ring = self._rings.get(key)
-        if ring is None or ring.shape[1] < size:
-            # a wider grid than any before: sums kept under the old size would sit in the wrong places
-            if ring is not None and ring.any():
-                raise RoutingError("a picture with a wider grid starts while another is being decoded in this cache")
-            ring = self._rings[key] = like.new_zeros(self.slots, size, like.shape[-1])
-        return ring
+        if key not in self._rings:
+            self._rings[key] = taps.new_zeros(self.slots, size, rank, requires_grad=False)
+        return self._rings[key]
 
     def reset(self, slots: Sequence[int]) -> None:
         """Forget the partial sums of these slots."""
@@ -92,7 +91,7 @@ class RoutingState:
     """Shared by the adapted layers of one model; whoever runs the model sets it before each forward."""
 
     def __init__(self) -> None:
-        self.routes: Routes | None = None
+        self.routes: Routes | StepRoutes | None = None
         self.rings: RingCache | None = None
 
     def set(self, layout: ModalityLayout, rings: RingCache | None = None, slots: Tensor | None = None) -> None:
@@ -105,9 +104,16 @@ class RoutingState:
         Raises:
             RoutingError: a picture does not start at its first patch or has a gap, without `rings`.
         """
-        self.routes, self.rings = route(layout, None if rings is None else slots), rings
+        if rings is None:
+            self.routes = route(layout)
+        else:
+            batch, length = layout.shape
+            if length != 1:
+                raise RoutingError(f"cached decoding feeds one position per row, got {length}")
+            self.routes = route_step(layout, torch.arange(batch) if slots is None else slots)
+        self.rings = rings
 
-    def of(self, shape: torch.Size) -> Routes:
+    def of(self, shape: torch.Size) -> Routes | StepRoutes:
         """The routes for a layer input of shape (B, L, C) or (B * L, C).
 
         Raises:
@@ -132,22 +138,30 @@ class RoutingState:
         return copy
 
 
-def route(layout: ModalityLayout, slots: Tensor | None = None) -> Routes:
-    """The rule: index lists of the branches for one batch; with `slots`, for one cached decoding step."""
+def route_step(layout: ModalityLayout, slots: Tensor) -> StepRoutes:
+    """The rule for one cached decoding step, without looking at a value: shapes are those of the batch."""
+    plane = layout.outputs
+    modality, image = plane.modality[:, 0], plane.image[:, 0].clamp_min(0)
+    if layout.grids.shape[1]:
+        cols = layout.grids[torch.arange(len(image), device=image.device), image, 1]
+    else:
+        cols = torch.ones_like(image)
+    place = (plane.row[:, 0] * cols + plane.col[:, 0]).clamp_min(0)
+    return StepRoutes(layout.shape, modality == Modality.TEXT, modality == Modality.IMAGE, slots, place, cols)
+
+
+def route(layout: ModalityLayout) -> Routes:
+    """The rule: index lists of the branches for whole sequences."""
     plane = layout.outputs
     batch, length = layout.shape
     modality = plane.modality.reshape(-1)
     text = (modality == Modality.TEXT).nonzero().squeeze(1)
     index = (modality == Modality.IMAGE).nonzero().squeeze(1)
     if not len(index):
-        return Routes((batch, length), text, (), None)
+        return Routes((batch, length), text, ())
     sequence, image = index // length, plane.image.reshape(-1)[index]
     rows, cols = layout.grids[sequence, image].unbind(-1)
     place = plane.row.reshape(-1)[index] * cols + plane.col.reshape(-1)[index]
-    if slots is not None:
-        if length != 1:
-            raise RoutingError(f"cached decoding of a picture feeds one position per row, got {length}")
-        return Routes((batch, length), text, (), RingStep(index, slots[sequence], place, cols))
     first = place == 0
     follows = torch.ones_like(first)
     # each patch is predicted by the position right after the one that predicts the patch before it
@@ -169,4 +183,4 @@ def route(layout: ModalityLayout, slots: Tensor | None = None) -> Routes:
         table = index.new_full((int(members.sum()), patches), batch * length)
         table[(members.cumsum(0) - 1)[number[taken]], place[taken]] = index[taken]
         groups.append(ImageGroup((grid[0], grid[1]), table, whole=int(taken.sum()) == table.numel()))
-    return Routes((batch, length), text, tuple(groups), None)
+    return Routes((batch, length), text, tuple(groups))

@@ -78,7 +78,7 @@ class SlotCache(Cache):
 
     def __init__(self, slots: int, length: int) -> None:
         self.slots, self.length = slots, length
-        super().__init__(layer_class_to_replicate=partial(_SlotLayer, self))  # type: ignore[arg-type]
+        super().__init__(layer_class_to_replicate=partial(_SlotLayer, self))
 
     def step(self, positions: Tensor, reach: int, rings: Any = None, slots: Sequence[int] | None = None) -> DecodeStep:
         """Prepare a forward.

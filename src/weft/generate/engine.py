@@ -57,7 +57,7 @@ class Engine:
         if backbone.routing is not None:
             from weft.adapters.routing import RingCache
 
-            self._rings = RingCache(slots)
+            self._rings = RingCache(slots, columns=backbone.grid[1])
         # every picture has the same grid, and a context holds no more of them than this
         pictures = self._context // (self._patches + 2) + 1
         self._grids = torch.tensor(backbone.grid, device=self._device).expand(slots, pictures, 2)
@@ -257,14 +257,19 @@ class Engine:
 
 
 def generate(
-    backbone: Backbone, documents: Iterable[Document], config: SamplingConfig, *, slots: int = 8
+    backbone: Backbone,
+    documents: Iterable[Document],
+    config: SamplingConfig,
+    *,
+    slots: int = 8,
+    context: int | None = None,
 ) -> list[Answer]:
-    """Answer every prompt, `slots` at a time; answers stand in the order of the documents.
+    """Answer every prompt, `slots` at a time; answers stand in the order of the documents. See `Engine`.
 
     Raises:
         WeftError: a prompt cannot be answered (see `Engine.submit`); then none is.
     """
-    engine = Engine(backbone, slots=slots)
+    engine = Engine(backbone, slots=slots, context=context)
     events: dict[int, list[Event]] = {engine.submit(document, config): [] for document in documents}
     for event in engine.run():
         events[event.request].append(event)

@@ -113,7 +113,7 @@ def latest_whole(checkpoints: Path) -> Path | None:
     found = list_checkpoints(checkpoints)
     for folder in reversed(found):
         try:
-            pass
+            verify_folder(folder)
         except CheckpointError as error:
             log.warning("checkpoint %s is passed over: %s (%s)", folder.name, error.what, error.where)
         else:
