@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from weft.codecs.vq import VQCodec, VQConfig
 from weft.data.sources.picturebook import Scene, _pixels, draw, is_held_out, random_scene
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--polish", type=Path, help="folder of a codec whose decoder alone is trained on; codes stay")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
@@ -60,29 +61,38 @@ def main() -> None:
 
     config = VQConfig(codes=args.codes)
     codec = VQCodec(config)
-    weights = [p for name, p in codec.named_parameters() if name != "codebook.weight"]
-    optimizer = torch.optim.AdamW(weights, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    if args.polish:
+        codec.load_state_dict(load_file(args.polish / "codec.safetensors"))
+        codec.encoder.requires_grad_(False)
+    weights = [p for name, p in codec.named_parameters() if name != "codebook.weight" and p.requires_grad]
+    highest = 1e-3 if args.polish else 2e-3
+    optimizer = torch.optim.AdamW(weights, lr=highest, betas=(0.9, 0.95), weight_decay=0.01)
     book = codec.codebook.weight.detach()
     count, total = torch.ones(config.codes), book.clone()
+
+    def update_codebook(step: int, features: torch.Tensor, codes: torch.Tensor) -> None:
+        flat, index = features.reshape(-1, config.code_width), codes.reshape(-1)
+        # exponential moving averages of use and of the features that chose each entry
+        count.mul_(0.97).index_add_(0, index, torch.full_like(index, 0.03, dtype=torch.float))
+        total.mul_(0.97).index_add_(0, index, flat * 0.03)
+        book.copy_(total / count.clamp_min(1e-5).unsqueeze(1))
+        if step % 20 == 19 and step < 0.7 * args.steps:
+            dead = (count < 0.05 * 0.03 * 20).nonzero().flatten()
+            chosen = flat[torch.randint(len(flat), (len(dead),))]
+            book[dead], total[dead], count[dead] = chosen, chosen, 1.0
+
     log, start = [], time.time()
     for step in range(args.steps):
-        rate = 2e-3 * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        rate = highest * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         pick = torch.tensor(rng.sample(range(len(scenes)), 32))
-        pixels, weight = to_float(train[pick]), 1 + 3 * drawn[pick].unsqueeze(1).float()
+        pixels, weight = to_float(train[pick]), 1 + (0 if args.polish else 3) * drawn[pick].unsqueeze(1).float()
         features = codec.features(pixels)
         with torch.no_grad():
             codes = codec.nearest(features)
-            flat, index = features.reshape(-1, config.code_width), codes.reshape(-1)
-            # exponential moving averages of use and of the features that chose each entry
-            count.mul_(0.97).index_add_(0, index, torch.full_like(index, 0.03, dtype=torch.float))
-            total.mul_(0.97).index_add_(0, index, flat * 0.03)
-            book.copy_(total / count.clamp_min(1e-5).unsqueeze(1))
-            if step % 20 == 19 and step < 0.7 * args.steps:
-                dead = (count < 0.05 * 0.03 * 20).nonzero().flatten()
-                chosen = flat[torch.randint(len(flat), (len(dead),))]
-                book[dead], total[dead], count[dead] = chosen, chosen, 1.0
+            if not args.polish:
+                update_codebook(step, features, codes)
         quantised = codec.codebook.weight[codes].detach()
         out = codec.render(features + (quantised - features).detach())
         error = out - pixels

@@ -22,10 +22,10 @@ def test_two_processes_give_the_run_of_one(recipe, tmp_path):
     together = recipe(out=tmp_path / "together", **settings)
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(together.model_dump(mode="json")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "weft.cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "weft.cli"]
     done = subprocess.run(
         [*command, "train", str(file)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,

@@ -4,13 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-from accelerate import PartialState
-
 from weft.backbones.base import Backbone
 from weft.document import Document, Turn, user
 from weft.train.config import TrainConfig
 from weft.train.folder import RunFolder, open_run
-from weft.train.loop import StepReport, Training, build, steps, validate
+from weft.train.loop import StepReport, Training, build, make_accelerator, steps, validate
 from weft.train.samples import write_samples
 
 Sampler = Callable[[Backbone, Sequence[Document]], Sequence[Turn]]
@@ -65,8 +63,7 @@ def train(
 
 def _folder_of_this_process(config: TrainConfig) -> AbstractContextManager[RunFolder]:
     """The first process prepares and holds the folder, the others only read it."""
-    state = PartialState()
-    if state.is_main_process:
+    if make_accelerator().is_main_process:
         return open_run(config)
     return nullcontext(RunFolder(config.out, config))
 

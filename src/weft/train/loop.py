@@ -91,6 +91,11 @@ class StepReport:
         return record if self.validation is None else {**record, "validation": _losses_json(self.validation)}
 
 
+def make_accelerator() -> Accelerator:
+    """The device and the processes of this run: a GPU if there is one, else the CPU."""
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
 def build(config: TrainConfig) -> Training:
     """A training at step 0: the frozen model with a fresh adapter, the documents, the optimizer.
 
@@ -100,7 +105,7 @@ def build(config: TrainConfig) -> Training:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     if config.optim.batch % accelerator.num_processes:
         raise ConfigError(
             f"optim.batch = {config.optim.batch} cannot be shared by {accelerator.num_processes} processes",
