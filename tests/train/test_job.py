@@ -17,7 +17,7 @@ from weft.adapters import adapter_parameters, attach, load_adapter
 from weft.backbones import load_backbone
 from weft.config import load_config
 from weft.document import Turn
-from weft.errors import CheckpointError, ConfigError, NonFiniteError, UsageError
+from weft.errors import CheckpointError, ConfigError, ContextError, NonFiniteError, UsageError
 from weft.generate import SamplingConfig, generate
 from weft.train import TrainConfig, build, steps, train
 
@@ -130,6 +130,26 @@ def test_sample_pages_hold_everything_and_trust_nothing(recipe, echo):
     assert 'src="data:image/png;base64,' in page
     assert "://" not in page
     assert "samples/step_000008.html" in (config.out / "samples.html").read_text()
+
+
+def test_samples_answer_what_leaves_room(recipe, echo, tmp_path):
+    file = tmp_path / "d.jsonl"
+    lengths = (400, 5, 400, 6)
+    file.write_text("".join(
+        json.dumps({"messages": [{"role": "user", "content": "u" * n}, {"role": "assistant", "content": "x"}]}) + "\n"
+        for n in lengths
+    ))  # fmt: skip
+    asked = []
+
+    def sampler(backbone, prompts):
+        asked.append(["".join(part.text for part in prompt.texts) for prompt in prompts])
+        return echo(backbone, prompts)
+
+    data = {"path": file, "validation": 0}
+    run(recipe(data=data, sampling={"prompts": [], "documents": 3, "every": 12}), sampler)
+    assert asked == [["u" * 5, "u" * 6]]
+    with pytest.raises(ContextError, match="positions"):
+        run(recipe(data=data, sampling={"prompts": ["v" * 300]}, out=tmp_path / "other"), sampler)
 
 
 def damage(folder: Path, name: str) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,12 +44,15 @@ def train(recipe: Path, /, *overrides: Overrides, dry_run: Annotated[bool, Param
         return 0
     with interruptible() as interrupt:
         show = _show_bar if sys.stdout.isatty() else _show_lines
+        if os.environ.get("RANK", "0") != "0":
+            show = _show_nothing  # one of several processes talks
         last = show(run(config, _sampler(config), stop=lambda: bool(interrupt)), config)
         if interrupt and (last is None or last.step < config.schedule.steps):
             done = f"step {last.step} is saved" if last else "nothing was to be saved"
             print(f"interrupted: {done}; the same command continues", file=sys.stderr)
             return interrupt.exit_code
-    print(f"written to {config.out / 'adapter'}", file=sys.stderr)
+    if show is not _show_nothing:
+        print(f"written to {config.out / 'adapter'}", file=sys.stderr)
     return 0
 
 
@@ -71,6 +76,11 @@ def _sampler(config: "TrainConfig") -> "Sampler":
         return [Turn("assistant", given.parts) for given in generate(backbone, prompts, sampling)]
 
     return answer
+
+
+def _show_nothing(reports: "Iterator[StepReport]", _: "TrainConfig") -> "StepReport | None":
+    last = deque(reports, maxlen=1)
+    return last[0] if last else None
 
 
 def _show_lines(reports: "Iterator[StepReport]", _: "TrainConfig") -> "StepReport | None":

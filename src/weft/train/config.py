@@ -55,7 +55,8 @@ class SamplesConfig(Config):
     prompts: tuple[str, ...] = ()
     """Texts to answer."""
     documents: NonNegativeInt = 4
-    """And so many documents, as far as the first turn that is learnt: of those kept for validation, if any."""
+    """And so many documents, as far as the first answer: of those kept for validation, if any; long ones are passed
+    over."""
     max_images: NonNegativeInt = 8
     max_text_tokens: NonNegativeInt = 512
     temperature: NonNegativeFloat = 0.0

@@ -3,8 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import islice
 
-from weft.backbones.base import Backbone
+import torch
+
+from weft.backbones.base import Backbone, check_fits, encode_document
 from weft.document import Document, Turn, user
 from weft.train.config import TrainConfig
 from weft.train.folder import RunFolder, open_run
@@ -41,13 +44,13 @@ def train(
         prompts = _prompts(training) if sampler is not None and config.sampling.every else []
         run.restore(training)
         training.accelerator.wait_for_everyone()
-        stopped = stop()
+        stopped = _agree(training, stop())
         left = steps(training)
         while not stopped and (report := next(left, None)) is not None:
             is_last = report.step == config.schedule.steps
             if training.validation and (is_last or report.step % config.validate_every == 0):
                 report = replace(report, validation=validate(training))
-            stopped = stop()
+            stopped = _agree(training, stop())
             if main:
                 run.record(report, training.progress)
                 if sampler is not None and prompts and report.step % (config.sampling.every or 1) == 0:
@@ -61,6 +64,12 @@ def train(
             run.finish(training)
 
 
+def _agree(training: Training, wish: bool) -> bool:
+    """What any process wishes, all do: one that stopped alone would leave the others waiting for it."""
+    wishes = torch.tensor(float(wish), device=training.accelerator.device)
+    return bool(training.accelerator.reduce(wishes, "sum"))
+
+
 def _folder_of_this_process(config: TrainConfig) -> AbstractContextManager[RunFolder]:
     """The first process prepares and holds the folder, the others only read it."""
     if make_accelerator().is_main_process:
@@ -69,10 +78,19 @@ def _folder_of_this_process(config: TrainConfig) -> AbstractContextManager[RunFo
 
 
 def _prompts(training: Training) -> list[Document]:
-    wanted = training.config.sampling
-    numbers = (training.validation or training.training)[: wanted.documents]
-    documents = [training.dataset[number] for number in numbers]
-    return [*(Document((user(text),)) for text in wanted.prompts), *filter(None, map(_asked, documents))]
+    """What samples answer. At most half a context, so that an answer has room; checked at the start.
+
+    Raises:
+        ContextError: a prompt of the recipe is longer. Documents that are longer are left out.
+    """
+    wanted, backbone = training.config.sampling, training.backbone
+    half = backbone.context_length // 2
+    texts = [Document((user(text),)) for text in wanted.prompts]
+    for prompt in texts:
+        check_fits(encode_document(backbone, prompt, answer=True), half)
+    asked = (_asked(training.dataset[number]) for number in training.validation or training.training)
+    fitting = (p for p in asked if p is not None and len(encode_document(backbone, p, answer=True)) <= half)
+    return [*texts, *islice(fitting, wanted.documents)]
 
 
 def _asked(document: Document) -> Document | None:
