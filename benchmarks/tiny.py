@@ -17,8 +17,8 @@ import torch
 from weft.backbones import load_backbone
 from weft.data.sources.picturebook import ATTRIBUTES, Reader, Scene, draw, held_out_scene, parse_caption, random_edit
 from weft.document import Document, Image, Part, Turn, user
-from weft.evaluate.interval import share
-from weft.generate import SamplingConfig, generate
+from weft.evaluation.interval import share
+from weft.generation import SamplingConfig, generate
 from weft.images import decode_image, encode_png
 
 SEED = 7

@@ -21,8 +21,8 @@ LEVELS = {
     "ops": 2, "scorers": 2, "llm": 2,
     "adapters": 3, "synchronizer": 3, "codecs": 3,
     "backbones": 4, "data": 4,
-    "train": 5, "generate": 5,
-    "evaluate": 6, "serve": 6,
+    "training": 5, "generation": 5,
+    "evaluation": 6, "serve": 6,
     "cli": 7,
 }  # fmt: skip
 """Folder or file directly under src/weft -> level."""
@@ -210,9 +210,9 @@ BROKEN = {
     "from above": (wrong_directions, {"errors.py": "def f():\n    from weft.cli import main", "cli/__init__.py": ""}),
     "from above for types": (
         wrong_directions,
-        {"adapters/a.py": "if TYPE_CHECKING:\n    from weft.train.t import T", "train/t.py": ""},
+        {"adapters/a.py": "if TYPE_CHECKING:\n    from weft.training.t import T", "training/t.py": ""},
     ),
-    "relative": (wrong_directions, {"train/a.py": "from ..generate import engine", "generate/engine.py": ""}),
+    "relative": (wrong_directions, {"training/a.py": "from ..generation import engine", "generation/engine.py": ""}),
     "public names": (wrong_directions, {"data/a.py": "from weft import Document"}),
     "no level": (wrong_directions, {"utils.py": ""}),
     "cycle": (cycles, {"data/a.py": "from weft.data import b", "data/b.py": "def f():\n    from weft.data.a import x"}),

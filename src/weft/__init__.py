@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from weft.data import open_dataset
     from weft.document import Document, Image, Text, Turn, assistant, user
     from weft.errors import WeftError
-    from weft.generate import SamplingConfig, generate
-    from weft.train import TrainConfig, train
+    from weft.generation import SamplingConfig, generate
+    from weft.training import TrainConfig, train
 
 __version__ = "0.1.0"
 
@@ -38,8 +38,8 @@ _NAMES = {
     "weft.data": ("open_dataset",),
     "weft.document": ("Document", "Image", "Text", "Turn", "assistant", "user"),
     "weft.errors": ("WeftError",),
-    "weft.generate": ("SamplingConfig", "generate"),
-    "weft.train": ("TrainConfig", "train"),
+    "weft.generation": ("SamplingConfig", "generate"),
+    "weft.training": ("TrainConfig", "train"),
 }
 
 
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     for place, names in _NAMES.items():
         if name in names:
             module = import_module(place)
-            # all at once: importing the package `weft.train` has just bound that name here, but it means the function
+            # all at once: one import serves all names of a package
             globals().update({public: getattr(module, public) for public in names})
             return globals()[name]
     raise AttributeError(f"module 'weft' has no attribute {name!r}")

@@ -5,6 +5,9 @@ and `PeftModel.from_pretrained` then work as for any other. Whoever runs the mod
 `routing_of(model).set(layout)`. Weft's own backbones do that in `forward`; for them there is `attach`.
 """
 
+import contextlib
+import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,7 +60,7 @@ def attach(backbone: Adaptable, config: AdapterConfig, *, seed: int = 0) -> Peft
     Outputs do not change until it is trained. The decoder's own weights are frozen.
     """
     _check_free(backbone)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _without_deprecations():
         torch.manual_seed(seed)
         return _install(backbone, get_peft_model(backbone.decoder, config.to_peft(backbone.name)))
 
@@ -74,8 +77,6 @@ def adapter_parameters(backbone: Adaptable) -> dict[str, nn.Parameter]:
 
 def save_adapter(backbone: Adaptable, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does, and what base they belong to."""
-    import json
-
     model = _adapted(backbone)
     model.save_pretrained(folder, save_embedding_layers=False)
     record = {"name": backbone.name, "fingerprint": backbone.fingerprint}
@@ -89,8 +90,6 @@ def load_adapter(backbone: Adaptable, folder: Path | str) -> PeftModel:
         AdapterError: a file is missing, a tensor is missing, unknown or of another shape, or the adapter was trained on
             other weights than these.
     """
-    import json
-
     folder = Path(folder)
     _check_free(backbone)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -107,12 +106,21 @@ def load_adapter(backbone: Adaptable, folder: Path | str) -> PeftModel:
                     where=str(folder),
                     fix=f"load it on {record['name']}",
                 )
-        return _install(backbone, PeftModel.from_pretrained(backbone.decoder, folder))
+        with _without_deprecations():
+            return _install(backbone, PeftModel.from_pretrained(backbone.decoder, folder))
     except WeftError as error:
         error.where = error.where or str(folder)
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder)) from error
+
+
+@contextlib.contextmanager
+def _without_deprecations() -> "Iterator[None]":
+    """PEFT 0.21 asks transformers 5.23 for a property by its old name; that is no news for whoever trains."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def _install(backbone: Adaptable, model: PeftModel) -> PeftModel:

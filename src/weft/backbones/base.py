@@ -1,7 +1,7 @@
 """What every generalist offers: tokens, a decoder stack whose heads are applied outside, and pictures as elements.
 
 A protocol, no base class. Everything else - masks, caches, guidance, losses, the interleaved loop - is generic and
-lives above (`train/`, `generate/`).
+lives above (`training/`, `generation/`).
 """
 
 from collections.abc import Iterator, Sequence

@@ -19,7 +19,7 @@ def demo(
     """
     from rich.console import Console
 
-    from weft.evaluate.demo import run_demo
+    from weft.evaluation.demo import run_demo
 
     console = Console(stderr=True)
     with console.status("starting") as status:

@@ -16,13 +16,13 @@ from weft.errors import DocumentError, UsageError
 from weft.images import read_image
 
 if TYPE_CHECKING:
-    from weft.generate import Answer, Event
+    from weft.generation import Answer, Event
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Sampling:
-    """How the answer is drawn; what is not given is as `weft.generate.SamplingConfig` has it."""
+    """How the answer is drawn; what is not given is as `weft.generation.SamplingConfig` has it."""
 
     seed: int | None = None
     """The same seed gives the same answer."""
@@ -80,8 +80,8 @@ def generate(
     """
     from weft.backbones import load_model
     from weft.config import load_config
-    from weft.generate import Engine, SamplingConfig, collect
-    from weft.generate.render import write_answer, write_page
+    from weft.generation import Engine, SamplingConfig, collect
+    from weft.generation.render import write_answer, write_page
 
     place = _place(out, html)
     config = load_config(SamplingConfig, overrides=sampling.overrides())
@@ -146,8 +146,8 @@ def _read_conversation(file: Path) -> Document:
 
 def _shown(events: "Iterator[Event]") -> "Iterator[Event]":
     """The same events, printed as they pass."""
-    from weft.generate import Finished, ImageReady, TextDelta
-    from weft.generate.render import printable
+    from weft.generation import Finished, ImageReady, TextDelta
+    from weft.generation.render import printable
 
     for event in events:
         match event:

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 if TYPE_CHECKING:
     from weft.backbones.base import Backbone
     from weft.document import Document, Turn
-    from weft.train import Losses, Plan, Sampler, StepReport, TrainConfig
+    from weft.training import Losses, Plan, Sampler, StepReport, TrainConfig
 
 Overrides = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 
@@ -34,8 +34,8 @@ def train(recipe: Path, /, *overrides: Overrides, dry_run: Annotated[bool, Param
         Do a few steps without writing anything: show how one document is read and learnt, and what the run would take.
     """
     from weft.config import load_config, parse_overrides
-    from weft.train import TrainConfig, interruptible, make_plan
-    from weft.train import train as run
+    from weft.training import TrainConfig, interruptible, make_plan
+    from weft.training import train as run
 
     config = load_config(TrainConfig, recipe, parse_overrides(overrides))
     _show_messages()
@@ -59,7 +59,7 @@ def train(recipe: Path, /, *overrides: Overrides, dry_run: Annotated[bool, Param
 def _sampler(config: "TrainConfig") -> "Sampler":
     """Samples are written by the engine, each request with its own random numbers."""
     from weft.document import Turn
-    from weft.generate import Choice, SamplingConfig, generate
+    from weft.generation import Choice, SamplingConfig, generate
 
     wanted = config.sampling
     choice = Choice(temperature=wanted.temperature)

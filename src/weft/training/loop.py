@@ -1,0 +1,252 @@
+"""The one training loop: a generator that yields a report after each step and touches no file.
+
+One process or several (started by `accelerate launch` or `torchrun`) run the same code: every process takes its share
+of each step's documents, and gradients and losses are summed over all of them.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from weft.adapters import adapter_parameters, attach
+from weft.backbones import load_backbone
+from weft.backbones.base import Backbone
+from weft.data import Dataset, open_dataset
+from weft.data.collate import Batch, collate
+from weft.errors import ConfigError, DocumentError, NonFiniteError
+from weft.layout import TokenSequence
+from weft.training.checkpoint import Progress
+from weft.training.config import OptimConfig, ScheduleConfig, TrainConfig
+from weft.training.examples import Examples
+from weft.training.objective import Losses, Objective, count_targets, evaluate_loss
+from weft.training.order import batch_of_step, derive_seed, split
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+@dataclass
+class Training:
+    """Everything a step reads and writes."""
+
+    config: TrainConfig
+    backbone: Backbone
+    """Its adapter is what is trained."""
+    dataset: Dataset
+    examples: Examples
+    training: Sequence[int]
+    """Numbers of the documents learnt from."""
+    validation: Sequence[int]
+    objective: nn.Module
+    """`Objective`, possibly wrapped for several processes."""
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return adapter_parameters(self.backbone)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, over all processes."""
+
+    step: int
+    """From 1."""
+    steps: int
+    epoch: float
+    """Passes over the training documents so far."""
+    losses: Losses
+    """Before the step's update."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    skipped: bool
+    """A loss or a gradient was not finite: weights and optimizer were left alone."""
+    cut_documents: int
+    """Documents of this step, in this process, that were longer than the context and were cut in parts."""
+    positions: int
+    """Positions computed in this process, without padding."""
+    seconds: float
+    validation: Losses | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What is the same in every run of the same recipe: all but the time it took."""
+        record = {
+            "step": self.step,
+            "epoch": round(self.epoch, 6),
+            **_losses_json(self.losses),
+            "learning_rate": self.learning_rate,
+            "gradient_norm": _finite(self.gradient_norm),
+            "skipped": self.skipped,
+            "cut_documents": self.cut_documents,
+        }
+        return record if self.validation is None else {**record, "validation": _losses_json(self.validation)}
+
+
+def make_accelerator() -> Accelerator:
+    """The device and the processes of this run: a GPU if there is one, else the CPU."""
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
+def build(config: TrainConfig) -> Training:
+    """A training at step 0: the frozen model with a fresh adapter, the documents, the optimizer.
+
+    Raises:
+        ConfigError: the recipe's numbers do not fit the documents or the processes.
+        WeftError: the model or the documents cannot be opened.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    accelerator = make_accelerator()
+    if config.optim.batch % accelerator.num_processes:
+        raise ConfigError(
+            f"optim.batch = {config.optim.batch} cannot be shared by {accelerator.num_processes} processes",
+            fix="use a multiple of the number of processes",
+        )
+    dataset = open_dataset(config.data.path)
+    training, validation = split(config.seed, len(dataset), config.data.validation)
+    if not training:
+        raise ConfigError(
+            f"of {len(dataset)} documents, {len(validation)} are kept for validation and none is left to learn from",
+            where=str(config.data.path),
+            fix="lower data.validation, or build more data",
+        )
+    backbone = load_backbone(config.model)
+    attach(backbone, config.adapter, seed=config.seed)
+    context = min(config.data.context or backbone.context_length, backbone.context_length)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    optimizer = torch.optim.AdamW(
+        adapter_parameters(backbone).values(), lr=config.optim.learning_rate, weight_decay=0.0
+    )
+    objective, optimizer = accelerator.prepare(Objective(backbone, precision), optimizer)
+    examples = Examples(dataset, backbone, context)
+    return Training(config, backbone, dataset, examples, training, validation, objective, optimizer, accelerator)
+
+
+def steps(training: Training) -> Iterator[StepReport]:
+    """Do the steps that are left, one at a time; `training.progress` says how many are done.
+
+    Raises:
+        NonFiniteError: three steps in a row gave no finite loss and gradient; names the last one's documents.
+        DocumentError: no document of a step has anything to learn.
+    """
+    config, progress = training.config, training.progress
+    while progress.step < config.schedule.steps:
+        start = time.perf_counter()
+        step = progress.step + 1
+        numbers = [
+            training.training[place]
+            for place in batch_of_step(config.seed, step, config.optim.batch, len(training.training))
+        ]
+        rank, processes = training.accelerator.process_index, training.accelerator.num_processes
+        documents = [training.examples[number] for number in numbers[rank::processes]]
+        sequences = [part for parts in documents for part in parts]
+        rate = learning_rate(config.optim, config.schedule, step)
+        losses, norm = _step(training, sequences, rate, derive_seed(config.seed, step, rank))
+        skipped = losses is None
+        progress.step = step
+        progress.skipped += skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+        if progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"loss or gradient was not finite in steps {step - MAX_SKIPPED_IN_A_ROW + 1} to {step}",
+                where=f"documents {', '.join(part.name or '?' for part in sequences)}",
+                fix="lower optim.learning_rate, or look at these documents",
+            )
+        yield StepReport(
+            step=step,
+            steps=config.schedule.steps,
+            epoch=step * config.optim.batch / len(training.training),
+            losses=losses or Losses(None, None, 0, 0),
+            learning_rate=rate,
+            gradient_norm=norm,
+            skipped=skipped,
+            cut_documents=sum(len(parts) > 1 for parts in documents),
+            positions=sum(map(len, sequences)),
+            seconds=time.perf_counter() - start,
+        )
+
+
+def validate(training: Training) -> Losses:
+    """Losses on the validation documents, without dropout; every process computes them whole."""
+    parts = [part for number in training.validation for part in training.examples[number]]
+    training.backbone.decoder.eval()
+    objective = training.accelerator.unwrap_model(training.objective)
+    return evaluate_loss(objective, _batches(training, parts))
+
+
+def learning_rate(optim: OptimConfig, schedule: ScheduleConfig, step: int) -> float:
+    """The rate of step 1, 2, ..."""
+    if step <= schedule.warmup:
+        return optim.learning_rate * step / schedule.warmup
+    # one more, so that the last step still moves
+    done = (step - schedule.warmup) / (schedule.steps - schedule.warmup + 1)
+    return optim.learning_rate * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def _step(
+    training: Training, sequences: Sequence[TokenSequence], rate: float, seed: int
+) -> tuple[Losses | None, float]:
+    """One update. No losses: something was not finite and nothing was changed."""
+    accelerator, optimizer = training.accelerator, training.optimizer
+    batches = list(_batches(training, sequences))
+    counts = accelerator.reduce(torch.stack([count_targets(batch) for batch in batches]).sum(0), "sum")
+    if not counts.any():
+        raise DocumentError(
+            "no document of this step has anything to learn",
+            where=", ".join(part.name or "?" for part in sequences),
+            fix="keep only documents with a turn of the assistant",
+        )
+    training.backbone.decoder.train()
+    sums = torch.zeros(2, device=accelerator.device)
+    # gradients are averaged over processes and wanted as a sum
+    scale = accelerator.num_processes / counts.sum()
+    device = accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # dropout is a function of the step, and the caller's random numbers are left alone
+        torch.manual_seed(seed)
+        for i, batch in enumerate(batches):
+            is_last = i == len(batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(training.objective):
+                part = training.objective(batch)
+                accelerator.backward(part.sum() * scale)
+                sums += part.detach()
+    sums = accelerator.reduce(sums, "sum")
+    norm = float(accelerator.clip_grad_norm_(list(training.parameters.values()), training.config.optim.clip))
+    is_finite = math.isfinite(norm) and bool(sums.isfinite().all())
+    if is_finite:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad()
+    return (Losses.of(sums, counts) if is_finite else None), norm
+
+
+def _batches(training: Training, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:
+    size = training.config.optim.micro_batch or training.config.optim.batch
+    for start in range(0, len(sequences), size):
+        batch = collate(sequences[start : start + size], training.backbone.tokens.pad)
+        device = training.accelerator.device
+        yield replace(batch, ids=batch.ids.to(device), layout=batch.layout.to(device), labels=batch.labels.to(device))
+
+
+def _losses_json(losses: Losses) -> dict[str, Any]:
+    return {
+        "loss": losses.total,
+        "text_loss": losses.text,
+        "image_loss": losses.image,
+        "text_targets": losses.text_targets,
+        "image_targets": losses.image_targets,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

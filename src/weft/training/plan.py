@@ -1,0 +1,138 @@
+"""What a recipe would do, found out by doing a few steps of it without writing anything."""
+
+import resource
+import statistics
+import sys
+from dataclasses import dataclass
+from itertools import groupby, islice
+
+import torch
+
+from weft.adapters.routing import route
+from weft.backbones.base import Backbone
+from weft.layout import Modality, ModalityLayout, TokenSequence, lay_out
+from weft.training.config import TrainConfig
+from weft.training.loop import Training, build, steps
+from weft.training.order import batch_of_step
+
+MEASURED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive positions that are treated alike."""
+
+    start: int
+    stop: int
+    shown: str
+    """The text read there, control tokens as <name>; or which patches of which picture."""
+    branch: str
+    """The adapter branch that the positions take: text, image, or none."""
+    predicts: str
+    is_learnt: bool
+    """What the positions predict counts in the loss."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures are of this machine; memory and time are measured on the first steps."""
+
+    document: str
+    """Name of the document shown: the first that would be learnt from."""
+    stretches: tuple[Stretch, ...]
+    training_documents: int
+    validation_documents: int
+    trainable_parameters: int
+    frozen_parameters: int
+    peak_bytes: int
+    """Of the process, or of the GPU's memory."""
+    seconds_per_step: float
+    steps: int
+
+    @property
+    def seconds(self) -> float:
+        """Without validation, samples and checkpoints."""
+        return self.seconds_per_step * self.steps
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Do a few steps of a recipe and tell what the whole would take. Its folder is not touched.
+
+    Raises:
+        WeftError: whatever would stop the run itself at its start.
+    """
+    training = build(config)
+    first = training.training[batch_of_step(config.seed, 1, config.optim.batch, len(training.training))[0]]
+    sequence = training.examples[first][0]
+    reports = list(islice(steps(training), MEASURED_STEPS))
+    trainable = sum(parameter.numel() for parameter in training.parameters.values())
+    return Plan(
+        document=sequence.name or f"number {first}",
+        stretches=describe(training.backbone, sequence, has_image_branch=config.adapter.kind != "lora"),
+        training_documents=len(training.training),
+        validation_documents=len(training.validation),
+        trainable_parameters=trainable,
+        frozen_parameters=sum(parameter.numel() for parameter in training.backbone.parameters()) - trainable,
+        peak_bytes=_peak_bytes(training),
+        # the first step also warms up
+        seconds_per_step=statistics.median(report.seconds for report in reports[-2:]),
+        steps=config.schedule.steps,
+    )
+
+
+def describe(backbone: Backbone, sequence: TokenSequence, *, has_image_branch: bool = True) -> tuple[Stretch, ...]:
+    """What each position of a sequence reads, which branch it takes, and where something is learnt."""
+    layout = lay_out([sequence.spans])
+    branches = _branches(layout) if has_image_branch else ["text"] * len(sequence)
+    learnt = [*sequence.is_target[1:].tolist(), False]
+    inputs, outputs = layout.inputs, layout.outputs
+    facts = [
+        (int(inputs.modality[0, t]), int(inputs.image[0, t]), int(outputs.image[0, t]), branches[t], learnt[t])
+        for t in range(len(sequence))
+    ]
+    stretches = []
+    for (modality, image, target, branch, is_learnt), group in groupby(range(len(sequence)), key=facts.__getitem__):
+        places = list(group)
+        start, stop = places[0], places[-1] + 1
+        if modality == Modality.IMAGE:
+            cols = int(layout.grids[0, image, 1])
+            first, last = (int(inputs.row[0, t]) * cols + int(inputs.col[0, t]) for t in (start, stop - 1))
+            shown = (
+                f"picture {image + 1}, patches {first} to {last}"
+                if last > first
+                else f"picture {image + 1}, patch {first}"
+            )
+        else:
+            shown = _spell(backbone, sequence.ids[start:stop].tolist())
+        predicts = "text" if target < 0 else f"picture {target + 1}"
+        stretches.append(Stretch(start, stop, shown, branch, predicts, is_learnt))
+    return tuple(stretches)
+
+
+def _branches(layout: ModalityLayout) -> list[str]:
+    """The routing rule's answer for every position of a single sequence."""
+    routes = route(layout)
+    names = ["none"] * layout.shape[1]
+    for branch, index in (("text", routes.text), *(("image", group.index.flatten()) for group in routes.images)):
+        for position in index.tolist():
+            # past the end: a patch that an unfinished picture does not have
+            if position < len(names):
+                names[position] = branch
+    return names
+
+
+def _spell(backbone: Backbone, ids: list[int]) -> str:
+    names = {
+        getattr(backbone.tokens, name): f"<{name}>"
+        for name in ("begin", "end", "pad", "separator", "begin_image", "end_image")
+    }
+    runs = groupby(ids, key=lambda token: names.get(token))
+    return "".join(name * len(list(group)) if name else backbone.detokenize(list(group)) for name, group in runs)
+
+
+def _peak_bytes(training: Training) -> int:
+    device = training.accelerator.device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
