@@ -76,12 +76,14 @@ class MossLinear(nn.Module, BaseTunerLayer):
             return out + (_up(F.linear(self._drop(x, text), down), up, text)).to(out.dtype)
         if isinstance(routes, StepRoutes):
             return out + self._step_delta(x, routes, name, text, image).reshape(out.shape).to(out.dtype)
-        flat, total = x.reshape(-1, self.in_features), out.reshape(-1, self.out_features)
-        chosen = self._drop(flat[routes.text], text)
+        # A linear layer's backward does not read its output, so it is added to in place; other layers get a copy.
+        total = (out if type(self.base_layer) is nn.Linear else out.clone()).view(-1, self.out_features)
+        flat = x.reshape(-1, self.in_features)
+        chosen = self._drop(flat.index_select(0, routes.text), text)
         delta = _up(F.linear(chosen, down), up, text)
-        total = total.index_add(0, routes.text, delta.to(total.dtype))
+        total.index_add_(0, routes.text, delta.to(total.dtype))
         rows, delta = self._image_delta(flat, routes, name, image)
-        total = total.index_add(0, rows, delta.to(total.dtype))
+        total.index_add_(0, rows, delta.to(total.dtype))
         return total.reshape(out.shape)
 
     def _step_delta(self, x: Tensor, routes: StepRoutes, name: str, text: Branch, image: Branch) -> Tensor:
@@ -113,7 +115,7 @@ class MossLinear(nn.Module, BaseTunerLayer):
         if not group.whole:
             # patches that are not there yet read a row of zeros; causality keeps them out of the others
             flat = torch.cat((flat, flat.new_zeros(1, flat.shape[1])))
-        x = flat[group.index]
+        x = flat.index_select(0, group.index.reshape(-1)).view(*group.index.shape, -1)
         z = causal_conv(self._drop(x, branch), taps, branch.kernel, group.grid)
         rows, z = group.index.reshape(-1), z.reshape(-1, branch.rank)
         if not group.whole:
