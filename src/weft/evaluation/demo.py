@@ -15,9 +15,9 @@ from weft.evaluation.report import COLUMNS, Arm, cells, render
 from weft.evaluation.tasks.picturebook import held_out_stories, prompt, score_story, summarise
 
 ARMS: tuple[Literal["base", "lora", "moss"], ...] = ("base", "lora", "moss")
-TRAINING_STORIES = 2400
+TRAINING_STORIES = 1600
 RANK = 8
-SLOTS = 40
+SLOTS = 60
 CONTEXT = 448
 
 

@@ -101,10 +101,8 @@ class Story:
         return f"tell a story: {self.scenes[0].caption()[:-1]}" + "".join(f", then {e[:-1]}" for e in self.edits) + "."
 
     def sentences(self) -> tuple[str, ...]:
-        kinds = [thing.kind for _, thing in self.scenes[0].things]
-        first = (
-            f"once there {'was' if len(kinds) == 1 else 'were'} " + " and ".join(f"a {kind}" for kind in kinds) + "."
-        )
+        scene = self.scenes[0]
+        first = f"once there {'was' if len(scene.things) == 1 else 'were'} {scene.caption()}"
         return (first, *self.edits)
 
 
