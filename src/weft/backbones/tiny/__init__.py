@@ -194,14 +194,12 @@ def read(folder: Path, name: str) -> TinyBackbone:
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is missing, unexpected or of another shape.
     """
-    from tokenizers import Tokenizer
-
     try:
         values = json.loads((folder / "config.json").read_text())
         values_codec = values.pop("codec")
         codec = VQConfig(**{**values_codec, "widths": tuple(values_codec["widths"])})
         config = TinyConfig(**values, codec=codec)
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = _read_tokenizer(folder)
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
@@ -209,6 +207,15 @@ def read(folder: Path, name: str) -> TinyBackbone:
     model = TinyBackbone(config, tokenizer, name)
     _load_strictly(model, weights, folder)
     return _frozen(model)
+
+
+def _read_tokenizer(folder: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"tokenizer.json: {error}") from error
 
 
 def _load_strictly(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
