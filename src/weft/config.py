@@ -95,11 +95,11 @@ def _explain(
     schema: type[Config], error: pydantic.ValidationError, path: Path | str | None, overrides: Mapping[str, Any]
 ) -> ConfigError:
     # a mistyped required key gives two errors; the typing mistake is the one to report
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = min(error.errors(), key=lambda e: e["type"] not in ("extra_forbidden", "invalid_key"))
     location = [str(part) for part in first["loc"]]
     dotted = ".".join(location)
     where = "command line" if dotted in overrides or path is None else str(path)
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "invalid_key"):
         known = _keys(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         fix = (
@@ -109,8 +109,12 @@ def _explain(
         )
         return ConfigError(f"unknown key {dotted}", where=where, fix=fix)
     if first["type"] == "missing":
-        return ConfigError(f"key {dotted} is required", where=where, fix=f"add it, or pass --{dotted} VALUE")
-    return ConfigError(f"{dotted or 'recipe'} = {first.get('input')!r}: {first['msg']}", where=f"{where}, key {dotted}")
+        return ConfigError(f"key {dotted} is required", where=where, fix=f"add {dotted} to the recipe")
+    # a check across keys belongs to the section, whose whole value would say nothing
+    what = first["msg"].removeprefix("Value error, ")
+    if first["type"] != "value_error" or not isinstance(first.get("input"), dict):
+        what = f"{dotted} = {first.get('input')!r}: {what}"
+    return ConfigError(what, where=f"{where}, key {dotted}" if dotted else where, fix="change the value")
 
 
 def _keys(schema: type[pydantic.BaseModel], location: Sequence[str]) -> list[str]:

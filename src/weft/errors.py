@@ -89,9 +89,3 @@ class NonFiniteError(WeftError):
     """Training met NaN or infinity several times in a row."""
 
     code = "non_finite"
-
-
-class MissingExtraError(WeftError):
-    """An optional package is needed for this and is not installed."""
-
-    code = "missing_extra"

@@ -4,6 +4,7 @@ Accepted: PNG, JPEG, WebP, GIF, BMP (the first frame of an animation). EXIF rota
 over white, 16-bit and CMYK are converted; the result is 8-bit RGB and the same bytes always give the same pixels.
 """
 
+import base64
 import io
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -49,7 +50,9 @@ def decode_image(data: bytes, *, where: str | None = None, max_pixels: int = MAX
         return _to_rgb(picture)
     except UnidentifiedImageError as error:
         raise ImageError(f"bytes are not a picture in one of {', '.join(FORMATS)}", where=where) from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
+    except ImageError:
+        raise
+    except Exception as error:  # decoders promise no kinds of errors: a broken EXIF block alone raises four
         raise ImageError(
             f"image is damaged or truncated: {error}", where=where, fix="export the picture again"
         ) from error
@@ -97,16 +100,28 @@ def encode_png(picture: "PILImage.Image") -> bytes:
     return buffer.getvalue()
 
 
+def media_type(data: bytes) -> str:
+    """`image/png` and the like, from the header of bytes that `decode_image` accepts."""
+    from PIL import Image as PILImage
+
+    with PILImage.open(io.BytesIO(data), formats=FORMATS) as picture:
+        return PILImage.MIME[str(picture.format)]
+
+
+def data_uri(data: bytes) -> str:
+    """Encoded bytes as a page can hold them."""
+    return f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
+
+
 def _to_rgb(picture: "PILImage.Image") -> "PILImage.Image":
     from PIL import Image as PILImage
 
-    if picture.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+    if picture.mode in ("I;16", "I;16B", "I"):
         import numpy as np
 
         # Pillow clips 16-bit values instead of scaling them
         values = np.asarray(picture).astype(np.float64)
-        scale = 257.0 if picture.mode != "F" else 1.0
-        picture = PILImage.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
+        picture = PILImage.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = PILImage.new("RGBA", picture.size, (255, 255, 255, 255))

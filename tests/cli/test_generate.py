@@ -99,3 +99,14 @@ def test_a_clear_error_and_nothing_written(arguments, code, what, capsys):
     assert [line.partition(":")[0] for line in lines] == ["error", "where", "fix"]
     assert what in lines[0]
     assert sorted(Path().rglob("*")) == before
+
+
+def test_guided_pictures_find_their_second_slot():
+    assert run("nano", "hello", "--guidance", "2", "--out", "guided", *BRIEF) == 0
+    assert Path("guided/picture_1.png").exists()
+
+
+def test_a_place_under_a_file_is_named(capsys):
+    photo("photo.png")
+    assert run("nano", "hello", "--out", "photo.png/answer", *BRIEF) == 1
+    assert "a file stands where a folder is needed" in capsys.readouterr().err

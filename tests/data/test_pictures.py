@@ -148,3 +148,20 @@ def test_paths_to_nothing_are_refused(tmp_path, path):
     (tmp_path / "a").mkdir()
     with pytest.raises(ImageError):
         read_image(tmp_path, path)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it skips
+def test_a_damaged_exif_block_is_an_image_error_whatever_pillow_makes_of_it():
+    exif = PILImage.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    good = encoded(picture(3, (16, 16)), "JPEG", exif=exif.tobytes())
+    start, rng, refused = good.index(b"Exif"), np.random.default_rng(0), 0
+    for _ in range(3000):
+        bad = bytearray(good)
+        for at in rng.integers(start + 6, start + 50, size=3):
+            bad[at] = rng.integers(256)
+        try:
+            pixels(bytes(bad))
+        except ImageError:
+            refused += 1
+    assert refused

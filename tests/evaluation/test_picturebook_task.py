@@ -1,11 +1,15 @@
 """Stories are scored by what was asked, not by what looks right."""
 
+import json
 import random
 
 import pytest
 
 from weft.data.sources.picturebook import Reader, draw, is_held_out, random_story
 from weft.document import Image, Text
+from weft.errors import UsageError
+from weft.evaluation import demo
+from weft.evaluation.demo import run_demo
 from weft.evaluation.interval import Share, share
 from weft.evaluation.report import Arm, render
 from weft.evaluation.tasks.picturebook import held_out_stories, score_story, summarise
@@ -90,3 +94,21 @@ def test_the_report_shows_every_model_and_escapes_what_models_write(reader):
 
 def test_share_counts():
     assert share([True, False, True]) == Share(2, 3) and Share(2, 3).to_json()["n"] == 3
+
+
+@pytest.mark.parametrize("wrong", ["steps", "stories", "threads"])
+def test_a_demo_of_nothing_is_refused_before_it_starts(wrong, tmp_path):
+    numbers = {"steps": 1, "stories": 1, "threads": 1} | {wrong: 0}
+    with pytest.raises(UsageError, match=f"--{wrong}"):
+        run_demo(tmp_path / "demo", **numbers, say=print)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_short_demo_runs_whole_and_says_what_it_reused(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TRAINING_STORIES", 8)
+    monkeypatch.setattr(demo, "SLOTS", 2)
+    for reused in ([], ["lora", "moss"]):
+        result = run_demo(tmp_path, steps=1, stories=2, threads=1, say=lambda line, *, done=False: None)
+        assert list(result["models"]) == ["base", "lora", "moss"] and result["reused"] == reused
+        assert json.loads((tmp_path / "report.json").read_text()) == result
+        assert (tmp_path / "report.html").read_text().count('class="story"') == 2

@@ -17,7 +17,15 @@ from weft.adapters import adapter_parameters, attach, load_adapter
 from weft.backbones import load_backbone
 from weft.config import load_config
 from weft.document import Turn
-from weft.errors import CheckpointError, ConfigError, ContextError, NonFiniteError, UsageError
+from weft.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    ContextError,
+    NonFiniteError,
+    UsageError,
+    WeftError,
+)
 from weft.generation import SamplingConfig, generate
 from weft.training import TrainConfig, build, steps, train
 
@@ -232,6 +240,19 @@ def test_another_recipe_is_refused(recipe):
         run(recipe(optim={"learning_rate": 0.001}))
     assert "--out" in caught.value.fix
     assert sorted(config.out.rglob("*")) == before
+
+
+def test_a_run_that_never_began_takes_the_mended_recipe(recipe, documents):
+    wrong = recipe(data={"path": documents.parent / "none"})
+    with pytest.raises(WeftError):
+        run(wrong)
+    stop_after(recipe(out=wrong.out), 1)
+    assert (wrong.out / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_targets_that_are_not_there_are_named(recipe):
+    with pytest.raises(AdapterError, match=r"nosuch[\s\S]*q_proj"):
+        run(recipe(adapter={"targets": ["nosuch"]}))
 
 
 def test_other_data_are_refused(recipe, tmp_path, documents):

@@ -62,7 +62,14 @@ def attach(backbone: Adaptable, config: AdapterConfig, *, seed: int = 0) -> Peft
     _check_free(backbone)
     with torch.random.fork_rng(devices=[]), _without_deprecations():
         torch.manual_seed(seed)
-        return _install(backbone, get_peft_model(backbone.decoder, config.to_peft(backbone.name)))
+        try:
+            model = get_peft_model(backbone.decoder, config.to_peft(backbone.name))
+        except ValueError as error:
+            raise AdapterError(
+                f"adapter.targets = {config.targets!r} names no linear layer of {backbone.name}",
+                fix="use all-linear, or names such as q_proj, v_proj, down_proj",
+            ) from error
+        return _install(backbone, model)
 
 
 def detach(backbone: Adaptable) -> None:

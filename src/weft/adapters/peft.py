@@ -46,7 +46,7 @@ class MossModel(BaseTuner):
         if not all(isinstance(size, int) for size in features):
             raise AdapterError(
                 f"{current_key} is a {type(target).__name__}; only linear layers can be adapted",
-                fix="name linear layers in target_modules",
+                fix="name linear layers only (adapter.targets in a recipe, target_modules in PEFT)",
             )
         layer = MossLinear(target, self.routing)
         layer.update_layer(adapter_name, *config.branches, inference_mode=config.inference_mode)

@@ -172,4 +172,5 @@ def _bytes_of(image: Image, document: Document) -> bytes:
 
 
 def _where(document: Document, image: Image, number: int) -> str:
-    return f"document {document.id or '?'}, picture {number + 1}" + (f" ({image.path})" if image.path else "")
+    owner = f"document {document.id}, " if document.id else ""
+    return f"{owner}picture {number + 1}" + (f" ({image.path})" if image.path else "")

@@ -88,6 +88,10 @@ def explain(error: Exception) -> WeftError:
                 where=_file_of(error),
                 fix="free some space, then run the same command again",
             )
+        case FileExistsError() | NotADirectoryError() | IsADirectoryError():
+            return WeftError("a file stands where a folder is needed", where=_file_of(error), fix="name another place")
+        case OSError(errno=errno.EROFS | errno.ENAMETOOLONG | errno.ELOOP):
+            return WeftError(f"cannot write there: {error.strerror}", where=_file_of(error), fix="name another place")
         case PermissionError():
             return WeftError("permission denied", where=_file_of(error), fix="choose a folder that you may write to")
         case _:

@@ -87,7 +87,8 @@ def generate(
     config = load_config(SamplingConfig, overrides=sampling.overrides())
     document = _read_prompt(prompt, image)
     backbone = load_model(model, adapter)
-    engine = Engine(backbone, slots=1)
+    # guidance takes a second slot for the prompt without its text
+    engine = Engine(backbone, slots=1 if config.guidance == 1.0 else 2)
     engine.submit(document, config)
     answer = collect(engine.run() if json_output else _shown(engine.run()))
     if html is not None:

@@ -3,7 +3,6 @@
 The page holds everything it shows and loads nothing; data never becomes markup.
 """
 
-import base64
 import io
 import json
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from weft.data.shards import LEDGER, SUMMARY
 from weft.data.stage import Count
 from weft.document import Document, Image, Text
 from weft.errors import ImageError
-from weft.images import decode_image, encode_png
+from weft.images import data_uri, decode_image, encode_png
 
 _SIDE = 480
 """Pictures are shown at most so many pixels wide and high."""
@@ -109,10 +108,10 @@ def _picture(image: Image) -> dict[str, str | None]:
         return {"text": f"[{name}: {error.what}]", "source": None}
     small = max(picture.size) <= _SIDE // 2
     if small:
-        kind, data = "png", encode_png(picture)
+        data = encode_png(picture)
     else:
         picture.thumbnail((_SIDE, _SIDE))
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=80)
-        kind, data = "jpeg", buffer.getvalue()
-    return {"text": name, "source": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}
+        data = buffer.getvalue()
+    return {"text": name, "source": data_uri(data)}

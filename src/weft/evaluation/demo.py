@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from weft.atomic import write_json, write_text
 from weft.data.sources.picturebook import Reader
+from weft.errors import UsageError
 from weft.evaluation.report import COLUMNS, Arm, cells, render
 from weft.evaluation.tasks.picturebook import held_out_stories, prompt, score_story, summarise
 
@@ -33,7 +34,11 @@ def run_demo(out: Path, *, steps: int, stories: int, threads: int, say: Callable
     from weft.backbones import load_backbone
     from weft.generation import SamplingConfig, generate
 
+    for name, value in (("steps", steps), ("stories", stories), ("threads", threads)):
+        if value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}", where="weft demo", fix=f"--{name} 1 or more")
     start = time.monotonic()
+    reused = [name for name in ARMS if (out / name / "adapter").is_dir()]
     torch.set_num_threads(threads)
     held_out = held_out_stories(stories)
     data = out / "data"
@@ -64,6 +69,7 @@ def run_demo(out: Path, *, steps: int, stories: int, threads: int, say: Callable
         "peak_rss_mb": round(_peak_rss_mb(), 1),
         "steps": steps,
         "n": stories,
+        "reused": reused,
         "models": {arm.name: _figures(arm) for arm in arms},
     }
     facts = {
@@ -71,9 +77,10 @@ def run_demo(out: Path, *, steps: int, stories: int, threads: int, say: Callable
         "training data": f"{TRAINING_STORIES:,} stories of three pictures, none with a held-out scene",
         "tuning": f"{steps} steps, the same data in the same order for each adapter",
         "writing": "free running, greedy, no model sees a picture it did not draw",
-        "time": f"{seconds:.0f} s on {threads} threads, at most {result['peak_rss_mb']:.0f} MB",
+        "time": f"{seconds:.0f} s on {threads} threads, at most {result['peak_rss_mb']:.0f} MB"
+        + (f"; {' and '.join(reused)} had been tuned before" if reused else ""),
         "machine": f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
-        "again": "weft demo",
+        "again": f"weft demo --steps {steps} --stories {stories} --threads {threads}",
     }
     page = render(
         arms,
@@ -113,7 +120,8 @@ def tune(
         save_every=max(100, steps),
     )
     for report in train(config):
-        say(f"{kind}: step {report.step} of {steps}, loss {report.losses.total:.3f}")
+        loss = report.losses.total
+        say(f"{kind}: step {report.step} of {steps}, " + ("skipped" if loss is None else f"loss {loss:.3f}"))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

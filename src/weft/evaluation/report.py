@@ -1,6 +1,5 @@
 """The page of a comparison: scores with intervals, loss curves, stories side by side. One file, no network."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from weft.data.sources.picturebook import Story
 from weft.document import Image, Part
 from weft.evaluation.interval import Share
 from weft.evaluation.tasks.picturebook import StoryScore, StorySummary
+from weft.images import data_uri
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,6 @@ def loss_curves(arms: Sequence[Arm]) -> str:
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
-def data_uri(image: Image) -> str:
-    assert image.data is not None
-    return "data:image/png;base64," + base64.b64encode(image.data).decode()
-
-
 def _side(arm: Arm, i: int) -> dict[str, Any]:
     score, parts, number = arm.scores[i], [], 0
     for part in arm.answers[i]:
@@ -102,7 +97,7 @@ def _side(arm: Arm, i: int) -> dict[str, Any]:
             right = number < len(score.pictures) and score.pictures[number]
             seen = score.seen[number] if number < len(score.seen) else None
             alt = seen.caption() if seen else f"picture {number + 1}"
-            parts.append({"picture": data_uri(part), "alt": alt, "right": right})
+            parts.append({"picture": data_uri(part.data or b""), "alt": alt, "right": right})
             number += 1
         else:
             parts.append({"picture": None, "text": part.text})

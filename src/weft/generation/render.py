@@ -3,7 +3,6 @@
 What a model writes is text, never markup or control: both forms escape it.
 """
 
-import base64
 import io
 import re
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from weft.atomic import write_folder, write_json, write_text
 from weft.document import Document, Image, Text, Turn
 from weft.generation.events import Answer
-from weft.images import FORMATS
+from weft.images import FORMATS, data_uri
 
 _PAGE = Path(__file__).parent / "templates" / "answer.html"
 
@@ -84,7 +83,7 @@ def write_page(file: Path, prompt: Document, answer: Answer, *, title: str) -> N
 
 def _conversation(prompt: Document, answer: Answer) -> Document:
     """Prompt and answer as one document whose pictures have the names they are written under."""
-    theirs = [Image(image.data, f"prompt_{i}{_kind(image)[1]}") for i, image in enumerate(prompt.images, 1)]
+    theirs = [Image(image.data, f"prompt_{i}{_kind(image)[0]}") for i, image in enumerate(prompt.images, 1)]
     ours = [Image(image.data, f"picture_{i}.png") for i, image in enumerate(answer.images, 1)]
     turns = (*prompt.turns, Turn("assistant", answer.parts))
     return Document(turns, prompt.id, prompt.meta).with_images([*theirs, *ours])
@@ -104,18 +103,17 @@ def _html_parts(turn: Turn) -> Iterator[_Shown]:
                 yield _Shown(printable(part.text.strip()))
         else:
             number += 1
-            media_type, _, side = _kind(part)
-            code = base64.b64encode(part.data or b"").decode()
-            yield _Shown(f"picture {number}", f"data:{media_type};base64,{code}", side >= _FINE_FROM)
+            _, side = _kind(part)
+            yield _Shown(f"picture {number}", data_uri(part.data or b""), side >= _FINE_FROM)
 
 
-def _kind(image: Image) -> tuple[str, str, int]:
-    """Media type, file ending, and the longer side in pixels."""
+def _kind(image: Image) -> tuple[str, int]:
+    """File ending, and the longer side in pixels."""
     from PIL import Image as PILImage
 
     with PILImage.open(io.BytesIO(image.data or b""), formats=FORMATS) as picture:
         name = str(picture.format)
-        return PILImage.MIME[name], {"JPEG": ".jpg"}.get(name, f".{name.lower()}"), max(picture.size)
+        return {"JPEG": ".jpg"}.get(name, f".{name.lower()}"), max(picture.size)
 
 
 def _escape_line(line: str) -> str:

@@ -198,8 +198,9 @@ def open_run(config: TrainConfig) -> Iterator[RunFolder]:
 
 def _check_recipe(path: Path, config: TrainConfig) -> None:
     file = path / "config.yaml"
-    if not file.exists():
-        strangers = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+    # without its inputs a run never took a step: its recipe may have been mended since
+    if not (path / "inputs.json").exists():
+        strangers = sorted(entry.name for entry in path.iterdir() if entry.name not in (LOCK, "config.yaml"))
         if strangers:
             raise UsageError(
                 f"the folder holds no run, but {', '.join(strangers[:3])}", where=str(path), fix="use another --out"

@@ -1,7 +1,5 @@
 """Answers written while training, as pages that hold everything they show."""
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from weft.atomic import write_text
 from weft.document import Document, Text, Turn
+from weft.images import data_uri
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -45,12 +44,4 @@ def _parts(turn: Turn) -> Iterator[_Shown]:
             yield _Shown(part.text)
         else:
             number += 1
-            code = base64.b64encode(part.data or b"").decode()
-            yield _Shown(f"picture {number}", f"data:{_media_type(part.data or b'')};base64,{code}")
-
-
-def _media_type(data: bytes) -> str:
-    from PIL import Image as PILImage
-
-    with PILImage.open(io.BytesIO(data)) as picture:
-        return PILImage.MIME[str(picture.format)]
+            yield _Shown(f"picture {number}", data_uri(part.data or b""))
