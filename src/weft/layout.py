@@ -38,6 +38,8 @@ class ImageSpan:
     rows: int
     cols: int
     present: int | None = None
+    given: bool = False
+    """It stands in the context and is not to be generated."""
 
     @property
     def length(self) -> int:
@@ -73,6 +75,8 @@ class ModalityLayout:
     """What it predicts."""
     grids: Tensor
     """(B, N, 2) rows and columns of each picture of each sequence."""
+    given: Tensor
+    """(B, N) bool: the picture stands in the context and is not to be generated."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,7 +89,7 @@ class ModalityLayout:
         return self.inputs.modality != Modality.NONE
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "ModalityLayout":
-        return ModalityLayout(self.inputs.map(function), self.outputs.map(function), function(self.grids))
+        return ModalityLayout(self.inputs.map(function), self.outputs.map(function), function(self.grids), function(self.given))
 
     def to(self, device: torch.device | str) -> "ModalityLayout":
         return self.map(lambda tensor: tensor.to(device))
@@ -93,7 +97,7 @@ class ModalityLayout:
     def __getitem__(self, positions: slice) -> "ModalityLayout":
         """A run of positions, every sequence; picture numbers and places stay those of the whole."""
         cut = lambda tensor: tensor[:, positions]  # noqa: E731
-        return ModalityLayout(self.inputs.map(cut), self.outputs.map(cut), self.grids)
+        return ModalityLayout(self.inputs.map(cut), self.outputs.map(cut), self.grids, self.given)
 
 
 def lay_out(sequences: Sequence[Sequence[Span]], *, length: int | None = None, left: bool = False) -> ModalityLayout:
@@ -112,6 +116,7 @@ def lay_out(sequences: Sequence[Sequence[Span]], *, length: int | None = None, l
         max((sum(isinstance(s, ImageSpan) for s in spans) for spans in sequences), default=0),
     )
     grids = torch.zeros(batch, images, 2, dtype=torch.int64)
+    given = torch.zeros(batch, images, dtype=torch.bool)
     # one position more than asked: the element after the last position, which only the outputs see
     planes = torch.full((4, batch, length + 1), -1, dtype=torch.int64)
     planes[0] = Modality.NONE
@@ -133,6 +138,7 @@ def lay_out(sequences: Sequence[Sequence[Span]], *, length: int | None = None, l
                      raster // span.cols, raster % span.cols)
                 )  # fmt: skip
                 grids[b, image] = torch.tensor((span.rows, span.cols))
+                given[b, image] = span.given
                 image += 1
             at = end
         if lengths[b] and planes[0, b, at] == Modality.NONE:
@@ -144,7 +150,7 @@ def lay_out(sequences: Sequence[Sequence[Span]], *, length: int | None = None, l
         outputs[0, b, end:], outputs[1:, b, end:] = Modality.NONE, -1
         if starts[b]:  # left padding predicts nothing, also where its successor is real
             outputs[0, b, : starts[b]], outputs[1:, b, : starts[b]] = Modality.NONE, -1
-    return ModalityLayout(Plane(*inputs), Plane(*outputs), grids)
+    return ModalityLayout(Plane(*inputs), Plane(*outputs), grids, given)
 
 
 def _check_image(span: ImageSpan, sequence: int, at: int, *, last: bool) -> int:

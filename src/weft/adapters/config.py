@@ -1,46 +1,122 @@
 """What an adapter is made of, as PEFT saves it and as a recipe says it."""
 
-from dataclasses import asdict, dataclass, field
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from peft import PeftConfig
 from pydantic import PositiveInt, model_validator
 
+from weft.adapters.routing import Modal, Rule
 from weft.config import Config
 from weft.errors import AdapterError
+from weft.ops.grid import MAX_KERNEL, Window, WindowShape
 
 PEFT_TYPE = "MOSS"
-MAX_KERNEL = 4
+FORMAT = 2
+"""Of `adapter_config.json`."""
+
+Scaling = Literal["rank", "sqrt_rank", "raw"]
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One low-rank update; its output is multiplied by alpha / rank."""
+    """The update of one modality's positions: s B z, z read through a window of `kernel` x `kernel` patches."""
 
-    rank: int
-    alpha: float
+    rank: int | Literal["full"]
+    """`full`: a dense (E, C) update, so that full fine-tuning, also with two weight sets, is a setting like any other."""
+    alpha: float = 1.0
     kernel: int = 1
     """Side of the window in patches; 1 is linear."""
     dropout: float = 0.0
+    """Of the branch's input, before the taps, so that all of them see one mask."""
+    window: WindowShape = "up_left"
+    scaling: Scaling = "rank"
+    """s = alpha / rank, alpha / sqrt(rank), or alpha itself."""
+    experts: tuple[int, ...] = ()
+    """SAM-ConvLoRA: kernels of the causal convolutions inside the rank space, (2, 4) in the paper; `kernel` is then 1."""
+    gate: Literal["token"] | None = None
+    """SAM-ConvLoRA: weigh the experts of each position by a softmax of its own z; None adds them as they are."""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.rank, int) and self.rank > 0):
-            raise AdapterError(f"rank must be a positive integer, got {self.rank!r}")
-        if not (isinstance(self.kernel, int) and 1 <= self.kernel <= MAX_KERNEL):
-            raise AdapterError(f"kernel must be 1 to {MAX_KERNEL}, got {self.kernel!r}")
-        if not 0 <= self.dropout < 1:
+        object.__setattr__(self, "experts", tuple(self.experts))
+        if self.rank != "full" and not (type(self.rank) is int and self.rank > 0):
+            raise AdapterError(f"rank must be a positive integer or 'full', got {self.rank!r}")
+        for name, kernel in (("kernel", self.kernel), *(("experts", k) for k in self.experts)):
+            if not (type(kernel) is int and 1 <= kernel <= MAX_KERNEL):
+                raise AdapterError(f"{name} must be 1 to {MAX_KERNEL}, got {kernel!r}")
+        if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             raise AdapterError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if not (isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)):
+            raise AdapterError(f"alpha must be a finite number, got {self.alpha!r}")
+        for name, value, known in (
+            ("window", self.window, ("up_left", "raster")),
+            ("scaling", self.scaling, ("rank", "sqrt_rank", "raw")),
+            ("gate", self.gate, (None, "token")),
+        ):
+            if value not in known:
+                raise AdapterError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+        if self.window == "raster" and self.kernel < 3 and not any(k >= 3 for k in self.experts):
+            raise AdapterError("window 'raster' reads nothing up-right below kernel 3", fix="set kernel to 3 or 4")
+        if self.experts and self.kernel != 1:
+            raise AdapterError("experts convolve inside the rank space", fix="leave kernel at 1, or drop the experts")
+        if self.gate and not self.experts:
+            raise AdapterError("a gate weighs experts, and there are none", fix="set experts, such as (2, 4)")
+        if self.rank == "full" and (self.kernel > 1 or self.experts):
+            raise AdapterError("a full update has no window", fix="leave kernel at 1 and experts empty")
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        if self.rank == "full" or self.scaling == "raw":
+            return self.alpha
+        return self.alpha / (self.rank if self.scaling == "rank" else math.sqrt(self.rank))
+
+    @property
+    def taps(self) -> Window:
+        """The window of the down-projection."""
+        return Window.of(self.kernel, self.window)
+
+    @property
+    def expert_taps(self) -> tuple[Window, ...]:
+        return tuple(Window.of(kernel, self.window if kernel >= 3 else "up_left") for kernel in self.experts)
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Every window that reads further than the patch itself."""
+        return tuple(window for window in (self.taps, *self.expert_taps) if len(window.taps) > 1)
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.windows and not self.experts
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The branches of one adapted layer."""
+
+    text: Branch | None
+    image: Branch | Literal["text"] | None
+    """`text`: the text branch serves pictures too."""
+
+    @property
+    def own_image(self) -> Branch | None:
+        """The image branch that has parameters of its own."""
+        return None if self.image == "text" else self.image
+
+    @property
+    def shared(self) -> bool:
+        """One branch for every position, whatever it is: plain LoRA."""
+        return self.image == "text"
 
 
 @dataclass
 class MossConfig(PeftConfig):
     """PEFT configuration of a modality-specialised adapter.
 
-    LoRA, MoE-LoRA and MoSS are three settings of it: no image branch of its own, one with kernel 1, one with kernel 2.
+    LoRA, MoE-LoRA, MoSS and SAM-ConvLoRA are settings of it: `image` is "text", a branch with kernel 1, with kernel 2,
+    with experts.
     """
 
     target_modules: set[str] | list[str] | str | None = field(default="all-linear")
@@ -49,46 +125,117 @@ class MossConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None)
     layers_pattern: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
-    text: Branch | dict[str, Any] = field(default_factory=lambda: Branch(8, 16.0))
-    image: Branch | dict[str, Any] | None = field(default_factory=lambda: Branch(8, 16.0, kernel=2))
-    """None: the text branch serves every position."""
+    text: Branch | dict[str, Any] | None = field(default_factory=lambda: Branch(8, 16.0))
+    """None: text positions keep the frozen layer's output."""
+    image: Branch | dict[str, Any] | Literal["text"] | None = field(default_factory=lambda: Branch(8, 16.0, kernel=2))
+    """None: image positions keep the frozen layer's output. "text": the text branch serves them too."""
+    patterns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Regular expression of module names -> {"text": {...}, "image": {...}}: fields of the branches that differ there,
+    or None for no branch. Where several match, the last one decides."""
+    routing: Literal["output", "input"] = "output"
+    context_images: Modal = "image"
+    isolate_gradients: bool = False
+    """Text losses train the text branches only and image losses the image branches only (`weft.adapters.backward`)."""
+    format: int = FORMAT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        if isinstance(self.text, dict):
-            self.text = Branch(**self.text)
-        if isinstance(self.image, dict):
-            self.image = Branch(**self.image)
-        if self.text.kernel != 1:
-            raise AdapterError(
-                "the text branch is linear: text has no grid", fix="set a kernel on the image branch only"
-            )
+        if self.format != FORMAT:
+            raise AdapterError(f"adapter_config.json has format {self.format!r}, this Weft reads {FORMAT}")
+        self.text, self.image = _branch(self.text, "text"), _branch(self.image, "image")
+        if self.image not in ("text", None) and not isinstance(self.image, Branch):
+            raise AdapterError(f"image must be a Branch, 'text' or None, got {self.image!r}")
+        for name, value, known in (
+            ("routing", self.routing, ("output", "input")),
+            ("context_images", self.context_images, ("image", "text", "none")),
+        ):
+            if value not in known:
+                raise AdapterError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        _check_branches(self.branches)
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdapterError(f"patterns: {pattern!r} is no regular expression: {error}") from error
+            _check_branches(self._changed(self.branches, pattern))
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # what PEFT compares with
 
     @property
-    def branches(self) -> tuple[Branch, Branch | None]:
-        """The text branch, and the image branch if it has one of its own."""
-        assert isinstance(self.text, Branch)
-        assert self.image is None or isinstance(self.image, Branch)
-        return self.text, self.image
+    def branches(self) -> Branches:
+        """The branches of every layer that no pattern changes."""
+        assert self.text is None or isinstance(self.text, Branch)
+        assert not isinstance(self.image, dict)
+        return Branches(self.text, self.image)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.routing, self.context_images)
+
+    def branches_of(self, module: str) -> Branches:
+        """The branches of the layer of this name."""
+        branches = self.branches
+        for pattern in self.patterns:
+            if re.search(pattern, module):
+                branches = self._changed(branches, pattern)
+        return branches
+
+    def _changed(self, branches: Branches, pattern: str) -> Branches:
+        changes = self.patterns[pattern]
+        if not isinstance(changes, Mapping) or not changes.keys() <= {"text", "image"}:
+            raise AdapterError(f"patterns: {pattern!r} must map to 'text' and 'image', got {changes!r}")
+        for name, change in changes.items():
+            old = getattr(branches, name)
+            if isinstance(change, Mapping) and isinstance(old, Branch):
+                change = _branch({**asdict(old), **change}, f"patterns: {pattern!r}: {name}")
+            elif isinstance(change, Mapping):
+                change = _branch(change, f"patterns: {pattern!r}: {name}")
+            branches = replace(branches, **{name: change})
+        return branches
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         if isinstance(self.target_modules, set):
             # a set's order differs between processes; saved folders must not
             values["target_modules"] = sorted(self.target_modules)
-        text, image = self.branches
-        values["text"], values["image"] = asdict(text), None if image is None else asdict(image)
+        for name in ("text", "image"):
+            branch = getattr(self, name)
+            values[name] = asdict(branch) if isinstance(branch, Branch) else branch
         return values
+
+
+def _branch(value: Any, where: str) -> Any:
+    """A branch from its saved fields; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    unknown = value.keys() - {f.name for f in fields(Branch)}
+    if unknown:
+        raise AdapterError(
+            f"{where}: a branch has no {', '.join(sorted(unknown))}",
+            fix=f"it has {', '.join(f.name for f in fields(Branch))}",
+        )
+    try:
+        return Branch(**value)
+    except TypeError as error:
+        raise AdapterError(f"{where}: a branch needs its rank", fix="set rank, such as 8") from error
+
+
+def _check_branches(branches: Branches) -> None:
+    if branches.text is not None and not isinstance(branches.text, Branch):
+        raise AdapterError(f"text must be a Branch or None, got {branches.text!r}")
+    if branches.text is not None and not branches.text.is_linear:
+        raise AdapterError("the text branch is linear: text has no grid", fix="set a kernel on the image branch only")
+    if branches.text is None and branches.image in ("text", None):
+        raise AdapterError("neither text nor image has a branch", fix="give at least one of them a rank")
 
 
 class AdapterConfig(Config):
     """The adapter section of a recipe."""
 
-    kind: Literal["lora", "moe_lora", "moss"] = "moss"
-    """`lora`: one branch for all. `moe_lora`: a linear one per modality. `moss`: a convolution for pictures."""
+    kind: Literal["lora", "moe_lora", "moss", "sam_conv_lora"] = "moss"
+    """`lora`: one branch for all. `moe_lora`: a linear one per modality. `moss`: a convolution for pictures.
+    `sam_conv_lora`: convolutions inside the rank space of pictures."""
     rank: PositiveInt = 8
     alpha: float | None = None
     """The update is multiplied by alpha / rank; left out, alpha is twice the rank."""
@@ -110,10 +257,11 @@ class AdapterConfig(Config):
 
     def to_peft(self, base_model: str | None = None) -> MossConfig:
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        kernel = {"lora": None, "moe_lora": 1, "moss": self.kernel}[self.kind]
-        return MossConfig(
-            base_model_name_or_path=base_model,
-            target_modules=self.targets,
-            text=Branch(self.rank, alpha, dropout=self.dropout),
-            image=None if kernel is None else Branch(self.rank, alpha, kernel, self.dropout),
-        )
+        linear = Branch(self.rank, alpha, dropout=self.dropout)
+        image = {
+            "lora": "text",
+            "moe_lora": linear,
+            "moss": replace(linear, kernel=self.kernel),
+            "sam_conv_lora": replace(linear, experts=(2, 4)),
+        }[self.kind]
+        return MossConfig(base_model_name_or_path=base_model, target_modules=self.targets, text=linear, image=image)

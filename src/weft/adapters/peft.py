@@ -3,7 +3,7 @@
 PEFT's list of adapter types is closed, so the type is added to its enumeration first (docs/decisions/).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftType
@@ -15,6 +15,10 @@ from weft.adapters.config import PEFT_TYPE, MossConfig
 from weft.adapters.layer import MossLinear
 from weft.adapters.routing import RoutingState
 from weft.errors import AdapterError
+
+
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Sister layers that transformers calls with one and the same tensor; whether it is the same is checked at each call."""
 
 
 class MossModel(BaseTuner):
@@ -39,8 +43,11 @@ class MossModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        branches = config.branches_of(current_key)
+        if not branches.shared:
+            self.routing.register(adapter_name, config.rule, branches.own_image.windows if branches.own_image else ())
         if isinstance(target, MossLinear):
-            target.update_layer(adapter_name, *config.branches, inference_mode=config.inference_mode)
+            target.update_layer(adapter_name, branches, inference_mode=config.inference_mode)
             return
         features = (getattr(target, "in_features", None), getattr(target, "out_features", None))
         if not all(isinstance(size, int) for size in features):
@@ -49,10 +56,25 @@ class MossModel(BaseTuner):
                 fix="name linear layers only (adapter.targets in a recipe, target_modules in PEFT)",
             )
         layer = MossLinear(target, self.routing)
-        layer.update_layer(adapter_name, *config.branches, inference_mode=config.inference_mode)
+        layer.update_layer(adapter_name, branches, inference_mode=config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _post_injection_hook(self, model: nn.Module, config: MossConfig, adapter_name: str) -> None:
+        for module in model.modules():
+            for names in SHARED_INPUT:
+                sisters = tuple(s for s in (getattr(module, n, None) for n in names) if isinstance(s, MossLinear))
+                for sister in sisters:
+                    sister.siblings = sisters
+        if not any(isinstance(hook, _TakesLayout) for hook in model._forward_pre_hooks.values()):
+            model.register_forward_pre_hook(_TakesLayout(self.routing), with_kwargs=True)
+
+    def unload(self) -> nn.Module:
+        for key in [k for k, hook in self.model._forward_pre_hooks.items() if isinstance(hook, _TakesLayout)]:
+            del self.model._forward_pre_hooks[key]
+            self.model._forward_pre_hooks_with_kwargs.pop(key, None)
+        return cast(nn.Module, super().unload())
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -77,6 +99,29 @@ class MossModel(BaseTuner):
                     fix="load the adapter on the base model it was trained on",
                 )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+class _TakesLayout:
+    """Forward pre-hook of the adapted model: takes the argument `layout`, which the model itself does not know.
+
+    An object and not a closure, so that a copy of the model gets a hook with the copy's routing state.
+    """
+
+    def __init__(self, routing: RoutingState) -> None:
+        self.routing = routing
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        layout = kwargs.pop("layout", None)
+        if _is_active(model):
+            self.routing.begin(layout)
+        return args, kwargs
+
+
+def _is_active(model: nn.Module) -> bool:
+    layer = next((module for module in model.modules() if isinstance(module, MossLinear)), None)
+    return layer is not None and not layer.disable_adapters
 
 
 def _with_prefix(key: str, wanted: dict[str, torch.Size]) -> str:

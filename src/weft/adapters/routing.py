@@ -3,31 +3,35 @@
 A position takes the branch of what its hidden state is decoded into: the image branch where it predicts a patch, the
 text branch where it predicts a token, none where it is padding. So the position of `[IMG]` takes the image branch for
 patch 0 and the position of the last patch takes the text branch.
-Source: Xu et al. 2024 (arXiv:2407.03604), section 3.2.
+Source: Xu et al. 2024 (arXiv:2407.03604), section 3.2; `Rule` holds our options.
 
 The state is set before a forward and stays until the next one, so that activation checkpointing, which runs layers
 again during backward, finds the same routes.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from weft.errors import RoutingError
 from weft.layout import Modality, ModalityLayout
+from weft.ops.grid import Patches, Window
+
+Modal = Literal["image", "text", "none"]
 
 
 @dataclass(frozen=True)
-class ImageGroup:
-    """The pictures of a batch that share one grid."""
+class Rule:
+    """The routing options of an adapter."""
 
-    grid: tuple[int, int]
-    index: Tensor
-    """(M, P) flat position (sequence * L + position) that predicts each patch; B * L where it is not there yet."""
-    whole: bool
-    """No picture of the group ends early, so `index` holds positions only."""
+    routing: Literal["output", "input"] = "output"
+    """By what a position predicts, as in the paper, or by what it reads."""
+    context_images: Modal = "image"
+    """What the patches of pictures that are given, not generated, take."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +40,47 @@ class Routes:
 
     shape: tuple[int, int]
     text: Tensor
-    """(T,) flat positions of the text branch."""
-    images: tuple[ImageGroup, ...]
+    """(T,) flat positions (sequence * L + position) of the text branch."""
+    image: Tensor
+    """(n,) flat positions of the image branch, the rows of `patches`."""
+    patches: Patches
+
+    @property
+    def all_text(self) -> bool:
+        """Every position, padding included, takes the text branch."""
+        return len(self.text) == self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """Where one step of one window reads and writes in a ring of S * size + 1 rows, the last one for what has no place."""
+
+    here: Tensor
+    """(B,) the partial sum that this patch completes."""
+    ahead: Tensor
+    """(B * T,) where each tap product goes, this patch's own among them."""
+    done: Tensor
+    """(B + 1,) the rows to clear: `here`, and the last."""
+    size: int
 
 
 @dataclass(frozen=True)
 class StepRoutes:
-    """One cached decoding step of B rows, one position each. All (B,): every row is computed, whatever it takes."""
+    """One cached decoding step of B rows, one position each. Shapes depend on B alone, so that it can be captured."""
 
     shape: tuple[int, int]
     is_text: Tensor
+    """(B,)"""
     is_image: Tensor
-    slots: Tensor
-    """Cache slot."""
-    place: Tensor
-    """Raster index of the patch to be predicted, 0 where there is none."""
-    cols: Tensor
-    """Columns of its grid."""
+    """(B,)"""
+    only: Literal["text", "image"] | None
+    """What every row takes, where that was known without asking the device: the other branch is then left out."""
+    tables: dict[str, StepTables]
+    """By the window's name."""
 
 
 class RingCache:
-    """The conv branches' partial sums, one ring per adapted layer and adapter, for a fixed number of cache slots.
+    """The conv branches' partial sums, one ring per adapted layer and window, for a fixed number of cache slots.
 
     Owned by whoever decodes; a slot must be reset when a picture starts in it.
 
@@ -66,121 +90,277 @@ class RingCache:
 
     def __init__(self, slots: int, columns: int) -> None:
         self.slots, self.columns = slots, columns
-        self._rings: dict[tuple[int, str], Tensor] = {}
+        self._rings: dict[Any, Tensor] = {}
 
-    def ring(self, layer: object, adapter: str, size: int, taps: Tensor, rank: int) -> Tensor:
-        """(slots, size, rank) partial sums of one layer, zero at first, like `taps` in dtype and device."""
-        key = (id(layer), adapter)
+    def size(self, window: Window) -> int:
+        """Partial sums per slot: how far ahead in raster order a patch is read, and itself."""
+        return window.up * self.columns + window.left + 1
+
+    def ring(self, key: Any, window: Window, taps: Tensor, rank: int) -> Tensor:
+        """(slots * size + 1, rank) partial sums of one window of one layer, zero at first, in the dtype of `taps`."""
         if key not in self._rings:
-            self._rings[key] = taps.new_zeros(self.slots, size, rank, requires_grad=False)
+            self._rings[key] = taps.new_zeros(self.slots * self.size(window) + 1, rank, requires_grad=False)
         return self._rings[key]
 
     def reset(self, slots: Sequence[int]) -> None:
         """Forget the partial sums of these slots."""
         if len(slots):
             for ring in self._rings.values():
-                ring[list(slots)] = 0
+                ring[:-1].view(self.slots, -1, ring.shape[1])[list(slots)] = 0
 
     def reorder(self, order: Tensor) -> None:
         """Slot i takes what slot order[i] holds, as beams do."""
-        for key, ring in self._rings.items():
-            self._rings[key] = ring[order]
+        for ring in self._rings.values():
+            held = ring[:-1].view(self.slots, -1, ring.shape[1])
+            held.copy_(held[order])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ring.nbytes for ring in self._rings.values())
 
 
 class RoutingState:
-    """Shared by the adapted layers of one model; whoever runs the model sets it before each forward."""
+    """Shared by the adapted layers of one model; whoever runs the model sets it before each forward.
+
+    Attributes:
+        rings: of the step being run, in cached decoding.
+        stash: what the first of several layers with one input has computed for the others (`project.py`).
+    """
 
     def __init__(self) -> None:
-        self.routes: Routes | StepRoutes | None = None
         self.rings: RingCache | None = None
+        self.stash: Any = None
+        self._rules: dict[str, Rule] = {}
+        self._windows: tuple[Window, ...] = ()
+        self._routes: dict[Rule, Routes | StepRoutes] = {}
+        self._layout: ModalityLayout | None = None
+        self._text_only = False
+        self._fresh = False
+
+    def register(self, adapter: str, rule: Rule, windows: Sequence[Window]) -> None:
+        """Let a named adapter be routed by `rule`, with tables for its windows."""
+        self._rules[adapter] = rule
+        self._windows = tuple(dict.fromkeys((*self._windows, *windows)))
 
     def set(self, layout: ModalityLayout, rings: RingCache | None = None, slots: Tensor | None = None) -> None:
         """Give the layout of the coming forward.
 
         Args:
             rings: given in cached decoding, where every row of the batch feeds one position: (B, 1).
-            slots: (B,) cache slot of each row, with `rings`.
+            slots: (B,) cache slot of each row, with `rings`; in order if left out.
 
         Raises:
-            RoutingError: a picture does not start at its first patch or has a gap, without `rings`.
+            RoutingError: a picture does not start at its first patch, has a gap or ends early, without `rings`.
         """
+        batch, length = layout.shape
+        rules = dict.fromkeys(self._rules.values()) or {Rule(): None}
         if rings is None:
-            self.routes = route(layout)
+            self._routes = {rule: route(layout, rule, self._windows) for rule in rules}
+        elif length != 1:
+            raise RoutingError(f"cached decoding feeds one position per row, got {length}")
         else:
-            batch, length = layout.shape
-            if length != 1:
-                raise RoutingError(f"cached decoding feeds one position per row, got {length}")
-            self.routes = route_step(layout, torch.arange(batch) if slots is None else slots)
-        self.rings = rings
+            device = layout.outputs.modality.device
+            slots = torch.arange(batch, device=device) if slots is None else slots
+            self._routes = {rule: route_step(layout, slots, rings, rule, self._windows) for rule in rules}
+        self.rings, self._layout, self.stash, self._fresh = rings, layout, None, True
 
-    def of(self, shape: torch.Size) -> Routes | StepRoutes:
+    def begin(self, layout: ModalityLayout | None) -> None:
+        """A forward of the whole model starts, with this layout or the one that was set for it.
+
+        Raises:
+            RoutingError: neither: the layout of the forward before would be taken for this one's.
+        """
+        if layout is not None:
+            self.set(layout)
+        if not self._rules:  # one branch for all: nothing to route
+            return
+        if not (self._fresh or self._text_only):
+            raise RoutingError(
+                "an adapted model was run without the layout of its input",
+                fix="call model(..., layout=layout), or weft.adapters.routing_of(model).set(layout) before each call",
+            )
+        if not self._fresh:
+            self._routes, self.rings = {}, None
+        self._fresh = False
+
+    @contextlib.contextmanager
+    def text_only(self) -> Iterator[None]:
+        """Within the block, a forward without a layout is one of text alone, padding included."""
+        before, self._text_only = self._text_only, True
+        try:
+            yield
+        finally:
+            self._text_only = before
+            if not before:
+                self._routes = {}
+
+    def of(self, adapter: str, shape: torch.Size) -> Routes | StepRoutes:
         """The routes for a layer input of shape (B, L, C) or (B * L, C).
 
         Raises:
             RoutingError: no layout was set, or one for another number of positions.
         """
-        if self.routes is None:
+        rule = self._rules.get(adapter, Rule())
+        routes = self._routes.get(rule)
+        if routes is None and self._text_only:
+            return _text_routes(shape)
+        if routes is None:
             raise RoutingError(
                 "an adapted model was run without the layout of its input",
                 fix="set it first: weft.adapters.routing_of(model).set(layout)",
             )
-        batch, length = self.routes.shape
+        batch, length = routes.shape
         if shape[:-1].numel() != batch * length:
             raise RoutingError(
                 f"the layout describes {batch} x {length} positions, the model was given {tuple(shape[:-1])}",
                 fix="set the layout of this very batch before the forward",
             )
-        return self.routes
+        return routes
+
+    def checkpoint_context(self) -> tuple[Any, Any]:
+        """`context_fn` of torch's checkpointing: layers run again in backward find the routes of their own forward,
+        also where another forward came in between."""
+        return contextlib.nullcontext(), _restored(self, self._routes, self.rings)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "RoutingState":
         # routes belong to a forward of the original, not to the copy
         copy = memo[id(self)] = RoutingState()
+        copy._rules, copy._windows = dict(self._rules), self._windows
         return copy
 
 
-def route_step(layout: ModalityLayout, slots: Tensor) -> StepRoutes:
-    """The rule for one cached decoding step, without looking at a value: shapes are those of the batch."""
-    plane = layout.outputs
+@contextlib.contextmanager
+def _restored(state: RoutingState, routes: dict[Rule, Routes | StepRoutes], rings: RingCache | None) -> Iterator[None]:
+    later = (state._routes, state.rings, state.stash)
+    state._routes, state.rings, state.stash = routes, rings, None
+    try:
+        yield
+    finally:
+        state._routes, state.rings, state.stash = later
+
+
+def _text_routes(shape: torch.Size) -> Routes:
+    batch, length = shape[0], shape[:-1].numel() // max(shape[0], 1)
+    none = torch.empty(0, dtype=torch.int64)
+    return Routes((batch, length), torch.arange(batch * length), none, Patches((), {}))
+
+
+def route_step(
+    layout: ModalityLayout, slots: Tensor, rings: RingCache, rule: Rule = Rule(), windows: Sequence[Window] = ()
+) -> StepRoutes:
+    """The rule for one cached decoding step. On an accelerator no value is looked at."""
+    plane = layout.outputs if rule.routing == "output" else layout.inputs
     modality, image = plane.modality[:, 0], plane.image[:, 0].clamp_min(0)
+    is_text, is_image = modality == Modality.TEXT, modality == Modality.IMAGE
     if layout.grids.shape[1]:
-        cols = layout.grids[torch.arange(len(image), device=image.device), image, 1]
+        rows = torch.arange(len(image), device=image.device)
+        cols, given = layout.grids[rows, image, 1].clamp_min(1), layout.given[rows, image]
     else:
-        cols = torch.ones_like(image)
+        cols, given = torch.ones_like(image), torch.zeros_like(is_image)
+    is_image, is_text = _give(is_image, is_text, given, rule)
+    only: Literal["text", "image"] | None = None
+    if modality.device.type == "cpu":
+        only = "text" if bool(is_text.all()) else "image" if bool(is_image.all()) else None
     place = (plane.row[:, 0] * cols + plane.col[:, 0]).clamp_min(0)
-    return StepRoutes(layout.shape, modality == Modality.TEXT, modality == Modality.IMAGE, slots, place, cols)
+    tables = {w.name: _step_tables(w, rings, slots, place, cols, is_image) for w in windows}
+    return StepRoutes(layout.shape, is_text, is_image, only, tables)
 
 
-def route(layout: ModalityLayout) -> Routes:
-    """The rule: index lists of the branches for whole sequences."""
-    plane = layout.outputs
+def _step_tables(
+    window: Window, rings: RingCache, slots: Tensor, place: Tensor, cols: Tensor, is_image: Tensor
+) -> StepTables:
+    size, last = rings.size(window), rings.slots * rings.size(window)
+    a, b = torch.tensor(window.taps, device=place.device).unbind(1)
+    cols, at, base = cols.unsqueeze(1), place.unsqueeze(1), slots.unsqueeze(1) * size
+    col = at % cols + b
+    reaches = is_image.unsqueeze(1) & (col >= 0) & (col < cols)
+    ahead = torch.where(reaches, base + (at + a * cols + b) % size, last)  # (B, T), the patch itself first
+    here = ahead[:, 0]
+    return StepTables(here, ahead.reshape(-1), torch.cat((here, here.new_full((1,), last))), size)
+
+
+def _give(is_image: Tensor, is_text: Tensor, given: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """(is_image, is_text) after the rule for pictures that are given."""
+    if rule.context_images == "image":
+        return is_image, is_text
+    moved = is_image & given
+    return is_image & ~moved, is_text | moved if rule.context_images == "text" else is_text
+
+
+def route(layout: ModalityLayout, rule: Rule = Rule(), windows: Sequence[Window] = ()) -> Routes:
+    """The rule: index lists of the branches for whole sequences.
+
+    Raises:
+        RoutingError: names the sequence and the position where the layout is malformed.
+    """
+    plane = layout.outputs if rule.routing == "output" else layout.inputs
     batch, length = layout.shape
-    modality = plane.modality.reshape(-1)
-    text = (modality == Modality.TEXT).nonzero().squeeze(1)
-    index = (modality == Modality.IMAGE).nonzero().squeeze(1)
+    modality, flat_image = plane.modality.reshape(-1), plane.image.reshape(-1)
+    is_text, is_image = modality == Modality.TEXT, modality == Modality.IMAGE
+    index = is_image.nonzero().squeeze(1)
     if not len(index):
-        return Routes((batch, length), text, ())
-    sequence, image = index // length, plane.image.reshape(-1)[index]
-    rows, cols = layout.grids[sequence, image].unbind(-1)
-    place = plane.row.reshape(-1)[index] * cols + plane.col.reshape(-1)[index]
-    first = place == 0
-    follows = torch.ones_like(first)
-    # each patch is predicted by the position right after the one that predicts the patch before it
-    follows[1:] = (place[1:] == place[:-1] + 1) & (index[1:] == index[:-1] + 1) & (image[1:] == image[:-1])
-    wrong = (~(first | follows)).nonzero()
-    if len(wrong) or not first[0]:
-        at = index[wrong[0, 0] if len(wrong) else 0].item()
+        none = Patches.of((), index, index, index.new_zeros(0, 2), tuple(windows))
+        return Routes((batch, length), is_text.nonzero().squeeze(1), index, none)
+    sequence, image = index // length, flat_image[index]
+    _check(~((image >= 0) & (image < layout.grids.shape[1])), index, length, "a patch of a picture without a grid")
+    grid = layout.grids[sequence, image]
+    row, col = plane.row.reshape(-1)[index], plane.col.reshape(-1)[index]
+    inside = (row >= 0) & (col >= 0) & (row < grid[:, 0]) & (col < grid[:, 1])
+    _check(~inside, index, length, "a patch outside its picture's grid")
+    place = row * grid[:, 1] + col
+    begins = _check_runs(index, sequence, image, place, grid, is_text, (batch, length))
+    if rule.context_images != "image":
+        is_image, is_text = _give(is_image, is_text, _at(layout.given[sequence, image], index, is_image), rule)
+        keep = ~layout.given[sequence, image]
+        index, place, grid, begins = index[keep], place[keep], grid[keep], begins[keep]
+    # pictures of one grid follow each other, so that they can be convolved together
+    number = begins.cumsum(0) - 1
+    size_of = grid[begins]
+    whole = torch.bincount(number, minlength=len(size_of)) == size_of.prod(1)
+    groups: tuple[tuple[tuple[int, int], int], ...] = ()
+    if bool(whole.all()) and len(size_of):
+        sizes, which, counts = size_of.unique(dim=0, return_inverse=True, return_counts=True)
+        groups = tuple(((h, w), m) for (h, w), m in zip(sizes.tolist(), counts.tolist(), strict=True))
+        order = which[number].argsort(stable=True)
+        index, place, grid = index[order], place[order], grid[order]
+    first = torch.arange(len(index), device=index.device) - place
+    text = is_text.nonzero().squeeze(1)
+    return Routes((batch, length), text, index, Patches.of(groups, first, place, grid, tuple(windows)))
+
+
+def _at(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Boolean `values` of the positions `index`, spread over all positions."""
+    return torch.zeros_like(like).index_put_((index,), values)
+
+
+def _check_runs(
+    index: Tensor, sequence: Tensor, image: Tensor, place: Tensor, grid: Tensor, is_text: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """(n,) bool, True where a picture begins; every picture is one run of positions that only padding may cut short."""
+    length = shape[1]
+    begins = place == 0
+    follows = torch.zeros_like(begins)
+    follows[1:] = (
+        (place[1:] == place[:-1] + 1)
+        & (index[1:] == index[:-1] + 1)
+        & (image[1:] == image[:-1])
+        & (sequence[1:] == sequence[:-1])
+    )
+    _check(~(begins | follows), index, length, "a picture does not start at its first patch, or has a gap")
+    ends = torch.ones_like(begins)
+    ends[:-1] = ~follows[1:]
+    short = ends & (place + 1 < grid.prod(1))
+    # an unfinished picture is fine where nothing but padding comes after it
+    real = is_text.index_fill(0, index, True)
+    after = (index + 1).clamp_max(len(is_text) - 1)
+    goes_on = real[after] & ((index + 1) % length != 0)
+    _check(short & goes_on, index, length, "an unfinished picture that is not at the end of its sequence")
+    return begins
+
+
+def _check(wrong: Tensor, index: Tensor, length: int, what: str) -> None:
+    if bool(wrong.any()):
+        at = int(index[wrong][0])
         raise RoutingError(
-            f"sequence {at // length}, position {at % length}: a picture does not start at its first patch",
-            fix="feed whole pictures, or decode with rings",
+            f"sequence {at // length}, position {at % length}: {what}", fix="feed whole pictures, or decode with rings"
         )
-    groups = []
-    number = first.cumsum(0) - 1
-    size_of = torch.stack((rows, cols), 1)[first]
-    for grid in size_of.unique(dim=0).tolist():
-        members = (size_of == torch.tensor(grid, device=index.device)).all(1)
-        taken = members[number]
-        patches = grid[0] * grid[1]
-        table = index.new_full((int(members.sum()), patches), batch * length)
-        table[(members.cumsum(0) - 1)[number[taken]], place[taken]] = index[taken]
-        groups.append(ImageGroup((grid[0], grid[1]), table, whole=int(taken.sum()) == table.numel()))
-    return Routes((batch, length), text, tuple(groups))

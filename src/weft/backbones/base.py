@@ -146,7 +146,7 @@ def encode_document(backbone: Backbone, document: Document, *, answer: bool = Fa
                 text(backbone.tokenize(part.text), learn)
             else:
                 text([backbone.tokens.begin_image], learn)
-                add(next(codes), learn, ImageSpan(rows, cols))
+                add(next(codes), learn, ImageSpan(rows, cols, given=not learn))
                 text([backbone.tokens.end_image], learn)
         last = i == len(document.turns) - 1
         if not (last and turn.role != "assistant" and not answer):

@@ -64,4 +64,5 @@ def to_tensors(inputs: Sequence[Input], grids: Tensor) -> tuple[Tensor, Tensor, 
     # one transfer to the device
     numbers = [(each.token, each.position, *each.reads, *each.predicts) for each in inputs]
     columns = torch.tensor(numbers, device=grids.device).T.unsqueeze(-1)
-    return columns[0], columns[1], ModalityLayout(Plane(*columns[2:6]), Plane(*columns[6:10]), grids)
+    given = torch.zeros_like(grids[..., 0], dtype=torch.bool)  # what is being written now is not given
+    return columns[0], columns[1], ModalityLayout(Plane(*columns[2:6]), Plane(*columns[6:10]), grids, given)

@@ -8,7 +8,7 @@ from itertools import groupby, islice
 
 import torch
 
-from weft.adapters.routing import route
+from weft.adapters.routing import Rule, route
 from weft.backbones.base import Backbone
 from weft.layout import Modality, ModalityLayout, TokenSequence, lay_out
 from weft.training.config import TrainConfig
@@ -83,7 +83,7 @@ def make_plan(config: TrainConfig) -> Plan:
 def describe(backbone: Backbone, sequence: TokenSequence, *, has_image_branch: bool = True) -> tuple[Stretch, ...]:
     """What each position of a sequence reads, which branch it takes, and where something is learnt."""
     layout = lay_out([sequence.spans])
-    branches = _branches(layout) if has_image_branch else ["text"] * len(sequence)
+    branches = _branches(layout, Rule()) if has_image_branch else ["text"] * len(sequence)
     learnt = [*sequence.is_target[1:].tolist(), False]
     inputs, outputs = layout.inputs, layout.outputs
     facts = [
@@ -109,15 +109,13 @@ def describe(backbone: Backbone, sequence: TokenSequence, *, has_image_branch: b
     return tuple(stretches)
 
 
-def _branches(layout: ModalityLayout) -> list[str]:
+def _branches(layout: ModalityLayout, rule: Rule) -> list[str]:
     """The routing rule's answer for every position of a single sequence."""
-    routes = route(layout)
+    routes = route(layout, rule)
     names = ["none"] * layout.shape[1]
-    for branch, index in (("text", routes.text), *(("image", group.index.flatten()) for group in routes.images)):
+    for branch, index in (("text", routes.text), ("image", routes.image)):
         for position in index.tolist():
-            # past the end: a patch that an unfinished picture does not have
-            if position < len(names):
-                names[position] = branch
+            names[position] = branch
     return names
 
 
