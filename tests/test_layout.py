@@ -1,5 +1,7 @@
 """Layouts: what every position is."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,3 +71,32 @@ def test_malformed_pictures_are_refused_with_their_place(spans, message):
 def test_a_sequence_longer_than_asked_is_refused():
     with pytest.raises(LayoutError, match="sequence 1 has 5 positions, more than 4"):
         lay_out([[TextSpan(2)], [TextSpan(5)]], length=4)
+
+
+def test_what_is_given_is_known_for_each_picture_of_each_sequence():
+    shown = ImageSpan(2, 2, given=True)
+    layout = lay_out([[TextSpan(1), shown, PICTURE, shown], [PICTURE], [TextSpan(2)]])
+    assert layout.given.dtype is torch.bool
+    assert layout.given.tolist() == [[True, False, True], [False, False, False], [False, False, False]]
+    assert lay_out([[TextSpan(2)]]).given.shape == (1, 0)
+
+
+@given(st.lists(SPANS, min_size=1, max_size=4), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_being_given_changes_no_other_fact(sequences, left):
+    shown = [[replace(s, given=True) if isinstance(s, ImageSpan) else s for s in spans] for spans in sequences]
+    plain, other = lay_out(sequences, left=left), lay_out(shown, left=left)
+    assert not plain.given.any()
+    for b, spans in enumerate(sequences):
+        pictures = sum(isinstance(span, ImageSpan) for span in spans)
+        assert other.given[b].tolist() == [i < pictures for i in range(other.given.shape[1])]
+    for got, wanted in ((other.inputs, plain.inputs), (other.outputs, plain.outputs)):
+        for fact in fields(got):
+            assert torch.equal(getattr(got, fact.name), getattr(wanted, fact.name))
+    assert torch.equal(other.grids, plain.grids)
+
+
+def test_what_is_given_stays_with_a_part_and_a_moved_copy():
+    layout = lay_out([[TextSpan(1), ImageSpan(2, 2, given=True), TextSpan(1), PICTURE]])
+    assert layout[6:].given.tolist() == [[True, False]], "picture numbers are those of the whole"
+    assert layout.to("meta").given.device.type == "meta"

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from weft.document import Document, Image, Text, Turn, assistant, user
     from weft.errors import WeftError
     from weft.generation import SamplingConfig, generate
+    from weft.layout import layout_of_tokens
     from weft.training import TrainConfig, train
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "assistant",
     "attach",
     "generate",
+    "layout_of_tokens",
     "load_model",
     "open_dataset",
     "train",
@@ -39,6 +41,7 @@ _NAMES = {
     "weft.document": ("Document", "Image", "Text", "Turn", "assistant", "user"),
     "weft.errors": ("WeftError",),
     "weft.generation": ("SamplingConfig", "generate"),
+    "weft.layout": ("layout_of_tokens",),
     "weft.training": ("TrainConfig", "train"),
 }
 

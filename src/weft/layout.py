@@ -89,10 +89,12 @@ class ModalityLayout:
         return self.inputs.modality != Modality.NONE
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "ModalityLayout":
-        return ModalityLayout(self.inputs.map(function), self.outputs.map(function), function(self.grids), function(self.given))
+        return ModalityLayout(
+            self.inputs.map(function), self.outputs.map(function), function(self.grids), function(self.given)
+        )
 
-    def to(self, device: torch.device | str) -> "ModalityLayout":
-        return self.map(lambda tensor: tensor.to(device))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ModalityLayout":
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def __getitem__(self, positions: slice) -> "ModalityLayout":
         """A run of positions, every sequence; picture numbers and places stay those of the whole."""
@@ -123,7 +125,10 @@ def lay_out(sequences: Sequence[Sequence[Span]], *, length: int | None = None, l
     starts = [length - n if left else 0 for n in lengths]
     for b, spans in enumerate(sequences):
         if lengths[b] > length:
-            raise LayoutError(f"sequence {b} has {lengths[b]} positions, more than {length}")
+            raise LayoutError(
+                f"sequence {b} has {lengths[b]} positions, more than {length}",
+                fix="cut or drop it, or raise the length",
+            )
         at, image = starts[b], 0
         for i, span in enumerate(spans):
             end = at + span.length
@@ -155,17 +160,116 @@ def lay_out(sequences: Sequence[Sequence[Span]], *, length: int | None = None, l
 
 def _check_image(span: ImageSpan, sequence: int, at: int, *, last: bool) -> int:
     whole = span.rows * span.cols
-    if whole <= 0 or not 0 <= span.length <= whole:
+    if whole <= 0:
+        raise LayoutError(
+            f"sequence {sequence}, position {at}: a picture cannot have {span.rows} x {span.cols} patches",
+            fix="give the rows and columns of this picture",
+        )
+    if not 0 <= span.length <= whole:
         raise LayoutError(
             f"sequence {sequence}, position {at}: "
-            f"a picture of {span.rows} x {span.cols} patches cannot have {span.length}"
+            f"a picture of {span.rows} x {span.cols} patches cannot have {span.length}",
+            fix="give the rows and columns of this picture",
         )
     if span.length < whole and not last:
         raise LayoutError(
             f"sequence {sequence}, position {at}: "
-            f"a picture has {span.length} of its {whole} patches and is not the last span"
+            f"a picture has {span.length} of its {whole} patches and is not the last span",
+            fix="give the whole picture, or end the sequence inside it",
         )
     return whole
+
+
+def layout_of_tokens(
+    ids: Tensor, *, begin_image: int, grid: tuple[int, int], end_image: int | None = None, pad: int | None = None,
+    given: Tensor | bool = False,
+) -> ModalityLayout:  # fmt: skip
+    """The layout of token ids in which every `begin_image` is followed by the patches of one picture, row by row.
+
+    For whoever has nothing but ids. The begin and end tokens are text; a last picture may be unfinished.
+
+    Args:
+        ids: (B, L) integers.
+        grid: rows and columns of every picture.
+        end_image: what follows every whole picture and stands nowhere else; None: nothing is expected there.
+        pad: leading or trailing run of this token is padding, the same side in all sequences.
+        given: (B, L) bool, True at the `begin_image` of a picture that stands in the context and is not to be
+            generated; or one answer for all.
+
+    Returns:
+        On the device of `ids`.
+
+    Raises:
+        LayoutError: names the sequence and the position where the ids do not fit.
+    """
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise LayoutError(
+            f"token ids must be integers of shape (B, L), got {ids.dtype} of {tuple(ids.shape)}", fix="pass input_ids"
+        )
+    if isinstance(given, Tensor) and given.shape != ids.shape:
+        raise LayoutError(
+            f"`given` has shape {tuple(given.shape)}, the ids have {tuple(ids.shape)}",
+            fix="mark the begin tokens in it",
+        )
+    rows = ids.tolist()
+    is_given = given.tolist() if isinstance(given, Tensor) else [[given] * len(row) for row in rows]
+    real = [_unpadded(row, pad) for row in rows]
+    left = any(start for start, stop in real if start < stop)
+    if left:
+        # a single trailing token may be the end of text that also serves as padding
+        both = next((b for b, (start, stop) in enumerate(real) if start < stop < len(rows[b]) - 1), None)
+        if both is not None:
+            raise LayoutError(
+                f"sequence {both} is padded on the right, others on the left", fix="pad all sequences on one side"
+            )
+        real = [(start, len(rows[b])) for b, (start, _) in enumerate(real)]
+    spans = [
+        _spans_of(rows[b], is_given[b], b, start, stop, (begin_image, end_image), grid)
+        for b, (start, stop) in enumerate(real)
+    ]
+    return lay_out(spans, length=ids.shape[1], left=left).to(ids.device)
+
+
+def _unpadded(row: list[int], pad: int | None) -> tuple[int, int]:
+    """First position that is not padding, and the one after the last."""
+    start, stop = 0, len(row)
+    while start < stop and row[start] == pad:
+        start += 1
+    while stop > start and row[stop - 1] == pad:
+        stop -= 1
+    return start, stop
+
+
+def _spans_of(
+    row: list[int], given: list[bool], sequence: int, start: int, stop: int, marks: tuple[int, int | None],
+    grid: tuple[int, int],
+) -> list[Span]:  # fmt: skip
+    (begin, end), (rows, cols) = marks, grid
+    spans: list[Span] = []
+    ends: set[int] = set()
+    at = start  # the first position that no span holds yet
+    for here in (i for i in range(start, stop) if row[i] == begin):
+        if here < at:
+            raise LayoutError(
+                f"sequence {sequence}, position {here}: a picture begins inside the {rows} x {cols} patches of another",
+                fix="give the grid that these pictures have, or drop the ones that were cut",
+            )
+        present = min(rows * cols, stop - here - 1)
+        whole = present == rows * cols
+        spans += (TextSpan(here + 1 - at), ImageSpan(rows, cols, None if whole else present, given[here]))
+        at = here + 1 + present
+        if whole and at < stop:
+            ends.add(at)
+    if at < stop:
+        spans.append(TextSpan(stop - at))
+    wrong = ends ^ {i for i in range(start, stop) if row[i] == end} if end is not None else ()
+    if wrong:
+        what = "a picture should end here" if min(wrong) in ends else "the end of a picture where none ends"
+        raise LayoutError(
+            f"sequence {sequence}, position {min(wrong)}: {what} ({rows} x {cols} patches after each begin token)",
+            fix="give the grid that these pictures have, or drop the ones that were cut",
+        )
+    return spans
 
 
 @dataclass(frozen=True)

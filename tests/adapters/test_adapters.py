@@ -232,7 +232,7 @@ def damaged(tmp_path, change):
 
 def test_a_folder_without_its_convolution_does_not_load(tmp_path):
     message = damaged(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if "moss_image" not in k})
-    assert "layers.0.self_attn.q_proj.moss_image_A" in message and "lacks" in message
+    assert "layers.0.mlp.down_proj.moss_image_A" in message and "lacks" in message
 
 
 def test_a_folder_with_an_unknown_or_reshaped_tensor_does_not_load(tmp_path):

@@ -50,6 +50,7 @@ def recipe_in(documents) -> Callable[..., TrainConfig]:
             "out": out,
             "save_every": 4,
             "validate_every": 5,
+            "verify": False,
         }
         for key, change in changes.items():
             values[key] = {**values[key], **change} if isinstance(change, dict) else change

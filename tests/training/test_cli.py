@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from weft import cli
+from weft.adapters import AdapterConfig
 from weft.config import load_config
-from weft.training import TrainConfig, make_plan
+from weft.training import TrainConfig, build, make_plan
+from weft.training.plan import describe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -51,7 +53,8 @@ def test_dry_run_shows_routing_and_loss_and_writes_nothing(recipe_file, tmp_path
     before = sorted(tmp_path.rglob("*"))
     assert run(recipe_file, "--dry-run") == 0
     said = capsys.readouterr().out
-    for shown in ("<begin_image>", "patches 0 to 2", "image", "picture 1", "yes", "no", "MiB", "s a step", "2 for"):
+    for shown in ("<begin_image>", "patches 0 to 2", "image", "picture 1", "yes", "no", "MiB", "s a step", "2 for",
+                  "trained (", "in text branches", "in picture branches", "as many as plain LoRA of rank"):  # fmt: skip
         assert shown in said
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -66,7 +69,59 @@ def test_the_plan_is_the_rule(recipe):
         assert (stretch.branch == "image") == stretch.predicts.startswith("picture")
     assert {stretch.branch for stretch in make_plan(recipe(adapter={"kind": "lora"})).stretches} == {"text"}
     assert plan.seconds == pytest.approx(plan.seconds_per_step * 12)
-    assert plan.trainable_parameters > make_plan(recipe(adapter={"kind": "lora"})).trainable_parameters
+
+
+def adapter_of(recipe, **values):
+    return recipe().model_copy(update={"adapter": AdapterConfig(**values)})
+
+
+@pytest.fixture
+def described(recipe):
+    """How a document with a picture that is given and one that is made is read by an adapter."""
+    training = build(recipe())
+
+    def describe_by(**values):
+        return describe(training.backbone, training.examples[1][0], AdapterConfig(**values).to_peft())
+
+    return describe_by
+
+
+@pytest.mark.parametrize(
+    "values,text,given,made",
+    [
+        ({}, "text", "image", "image"),
+        ({"context_images": "text"}, "text", "text", "image"),
+        ({"context_images": "none"}, "text", "none", "image"),
+        ({"image": "none"}, "text", "none", "none"),
+        ({"text": "none"}, "none", "image", "image"),
+        ({"kind": "full_two"}, "text", "image", "image"),
+        ({"kind": "lora", "image": "none", "context_images": "text"}, "text", "text", "none"),
+    ],
+)
+def test_the_plan_follows_the_adapter(described, values, text, given, made):
+    shown = {"text": set(), "given": set(), "made": set()}
+    for stretch in described(**values):
+        kind = "text" if stretch.predicts == "text" else "made" if stretch.is_learnt else "given"
+        shown[kind].add(stretch.branch)
+    assert shown == {"text": {text}, "given": {given}, "made": {made}}
+
+
+def test_the_plan_routes_by_what_is_read_if_the_adapter_does(described):
+    for stretch in described(routing="input"):
+        assert (stretch.branch == "image") == stretch.shown.startswith("picture")
+
+
+def test_the_plan_counts_parameters_by_what_they_serve(recipe):
+    found = {
+        kind: make_plan(adapter_of(recipe, kind=kind, **({} if "full" in kind else {"rank": 4}))).parameters
+        for kind in ("lora", "moe_lora", "moss", "full", "full_two")
+    }
+    assert (found["lora"].image, found["lora"].other, found["lora"].lora_rank) == (0, 0, 4)
+    assert found["lora"].text == found["moe_lora"].text == found["moe_lora"].image == found["moss"].text
+    assert found["moe_lora"].lora_rank == 8
+    assert found["moss"].image > found["moe_lora"].image
+    assert found["full_two"].all == 2 * found["full"].text + found["full"].other
+    assert found["full"].other > 0
 
 
 @pytest.mark.parametrize(

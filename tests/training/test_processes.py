@@ -14,9 +14,12 @@ from weft.training import train
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_run_of_one(recipe, tmp_path):
+@pytest.mark.parametrize(
+    "adapter", [{}, {"isolate_gradients": True, "modules_to_save": ["norm"]}], ids=["summed", "isolated"]
+)
+def test_two_processes_give_the_run_of_one(recipe, tmp_path, adapter):
     # dropout draws differ between processes, so it is off
-    settings = {"adapter": {"dropout": 0.0}, "optim": {"batch": 4}}
+    settings = {"adapter": {"dropout": 0.0, **adapter}, "optim": {"batch": 4}}
     alone = recipe(out=tmp_path / "alone", **settings)
     list(train(alone))
     together = recipe(out=tmp_path / "together", **settings)

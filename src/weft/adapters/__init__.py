@@ -1,8 +1,9 @@
 """Modality-specialised adapters, at home in PEFT.
 
 Importing this package registers the adapter type with PEFT: `get_peft_model(model, MossConfig(...))`, `save_pretrained`
-and `PeftModel.from_pretrained` then work as for any other. Whoever runs the model says first what its positions are:
-`routing_of(model).set(layout)`. Weft's own backbones do that in `forward`; for them there is `attach`.
+and `PeftModel.from_pretrained` then work as for any other. Whoever runs the model says what its positions are:
+`model(..., layout=layout)`, or `routing_of(model).set(layout)` before. Weft's own backbones do that in `forward`; for
+them there is `attach`.
 """
 
 import contextlib
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
-from weft.adapters.config import AdapterConfig, Branch, MossConfig
-from weft.adapters.peft import MossModel, _find_routing, register
+from weft.adapters.config import Branch, MossConfig
+from weft.adapters.peft import MossModel, find_routing, register, withdraw
+from weft.adapters.recipe import AdapterConfig
 from weft.adapters.routing import RingCache, RoutingState
+from weft.atomic import write_json
 from weft.errors import AdapterError, WeftError
 
 if TYPE_CHECKING:
@@ -48,9 +52,11 @@ def routing_of(model: nn.Module) -> RoutingState:
     Raises:
         AdapterError: the model has none.
     """
-    routing = _find_routing(model)
+    routing = find_routing(model)
     if routing is None:
-        raise AdapterError("this model has no adapter that routes by modality", fix="attach one first")
+        raise AdapterError(
+            "this model has no adapter that routes by modality", fix="call get_peft_model(model, MossConfig()) first"
+        )
     return routing
 
 
@@ -62,19 +68,19 @@ def attach(backbone: Adaptable, config: AdapterConfig, *, seed: int = 0) -> Peft
     _check_free(backbone)
     with torch.random.fork_rng(devices=[]), _without_deprecations():
         torch.manual_seed(seed)
-        try:
-            model = get_peft_model(backbone.decoder, config.to_peft(backbone.name))
-        except ValueError as error:
-            raise AdapterError(
-                f"adapter.targets = {config.targets!r} names no linear layer of {backbone.name}",
-                fix="use all-linear, or names such as q_proj, v_proj, down_proj",
-            ) from error
-        return _install(backbone, model)
+        model = get_peft_model(backbone.decoder, config.to_peft())
+    # PEFT takes the name from the decoder, which has none
+    model.peft_config["default"].base_model_name_or_path = backbone.name
+    return _install(backbone, model)
 
 
 def detach(backbone: Adaptable) -> None:
     """Remove the adapter; the decoder is again what it was, bit for bit."""
-    backbone.decoder, backbone.routing = _adapted(backbone).unload(), None
+    model = _adapted(backbone)
+    decoder = model.base_model.model
+    for name in list(model.peft_config):  # PEFT's own unload would keep modules_to_save as they were trained
+        withdraw(decoder, name)
+    backbone.decoder, backbone.routing = decoder, None
 
 
 def adapter_parameters(backbone: Adaptable) -> dict[str, nn.Parameter]:
@@ -87,7 +93,7 @@ def save_adapter(backbone: Adaptable, folder: Path) -> None:
     model = _adapted(backbone)
     model.save_pretrained(folder, save_embedding_layers=False)
     record = {"name": backbone.name, "fingerprint": backbone.fingerprint}
-    (Path(folder) / BASE_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(Path(folder) / BASE_RECORD, record)
 
 
 def load_adapter(backbone: Adaptable, folder: Path | str) -> PeftModel:
@@ -109,17 +115,24 @@ def load_adapter(backbone: Adaptable, folder: Path | str) -> PeftModel:
             record = json.loads((folder / BASE_RECORD).read_text())
             if record["fingerprint"] != backbone.fingerprint:
                 raise AdapterError(
-                    f"the adapter was trained on {record['name']} with other weights than this {backbone.name}",
+                    f"the adapter was trained on {record['name']} with other weights than this {backbone.name}: "
+                    f"{record['fingerprint'][:8]}, not {backbone.fingerprint[:8]}",
                     where=str(folder),
-                    fix=f"load it on {record['name']}",
+                    fix="load it on the weights that it was trained on",
                 )
         with _without_deprecations():
             return _install(backbone, PeftModel.from_pretrained(backbone.decoder, folder))
     except WeftError as error:
+        withdraw(backbone.decoder, "default")
         error.where = error.where or str(folder)
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise AdapterError(f"the adapter cannot be read: {error}", where=str(folder)) from error
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        withdraw(backbone.decoder, "default")
+        raise AdapterError(
+            f"the adapter cannot be read: {error}",
+            where=str(folder),
+            fix="copy the whole folder again, or save it again",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -147,4 +160,5 @@ def _adapted(backbone: Adaptable) -> PeftModel:
 
 
 def _own_parameters(model: PeftModel) -> "Iterator[tuple[str, nn.Parameter]]":
-    return ((name, parameter) for name, parameter in model.named_parameters() if ".moss_" in name)
+    parts = (".moss_", ".modules_to_save.")
+    return ((name, p) for name, p in model.named_parameters() if any(part in name for part in parts))

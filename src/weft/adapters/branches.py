@@ -35,7 +35,8 @@ def sam_experts(
         convolve: number of the expert, its taps (T_e * R, R), its window -> (n, R).
     """
     rank, total, at = z.shape[1], z, 0
-    weights = None if gate is None else F.softmax(F.linear(z, gate), dim=1)
+    experts = experts.to(z.dtype)
+    weights = None if gate is None else F.softmax(F.linear(z, gate.to(z.dtype)), dim=1)
     for e, window in enumerate(windows):
         taps = experts[at : at + len(window.taps) * rank]
         found = F.gelu(convolve(e, taps, window))
@@ -72,13 +73,12 @@ def conv_step(x: Tensor, taps: Tensor, ring: Tensor, tables: StepTables) -> Tens
 
 def add_up(out: Tensor, rows: Tensor | None, z: Tensor, up: Tensor, scale: float) -> None:
     """out (N, E) += scale * up z at `rows`, or everywhere, in place. z (n, R), up (E, R)."""
-    scaled = z if scale == 1 else z * scale  # the R-wide side is the cheaper one
     if rows is not None:
-        out.index_add_(0, rows, F.linear(scaled, up).to(out.dtype))
-    elif out.dtype == z.dtype:
-        out.addmm_(scaled, up.T)
+        out.index_add_(0, rows, F.linear(z * scale, up).to(out.dtype))
+    elif out.dtype is z.dtype:
+        out.addmm_(z, up.T, alpha=scale)
     else:
-        out.add_(F.linear(scaled, up))
+        out.add_(F.linear(z, up), alpha=scale)
 
 
 def up_backward(g: Tensor, rows: Tensor | None, z: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -17,13 +18,13 @@ from weft.errors import AdapterError
 from weft.ops.causal_conv import causal_conv
 from weft.ops.grid import Patches, Window
 
-NONE = Window.of(1)
+SELF = Window.of(1)
 
 
 class MossLinear(nn.Module, BaseTunerLayer):
     """Wraps a frozen layer with in_features C and out_features E; any layer with these, quantised or not.
 
-    Per adapter name and modality: `moss_*_A` (T * R, C) and `moss_*_B` (E, R), (E, C) for a full branch, which has no A;
+    Per adapter name and modality: `moss_*_A` (T * R, C) and `moss_*_B` (E, R), (E, C) and no A if full;
     with experts also `moss_image_experts` (sum of T_e * R, R) and, gated, `moss_image_gate` (experts, R).
     """
 
@@ -32,6 +33,12 @@ class MossLinear(nn.Module, BaseTunerLayer):
     in_features: int
     out_features: int
     merged_adapters: list[str]
+    moss_text_A: nn.ParameterDict
+    moss_text_B: nn.ParameterDict
+    moss_image_A: nn.ParameterDict
+    moss_image_B: nn.ParameterDict
+    moss_image_experts: nn.ParameterDict
+    moss_image_gate: nn.ParameterDict
 
     adapter_layer_names = (
         "moss_text_A", "moss_text_B", "moss_image_A", "moss_image_B", "moss_image_experts", "moss_image_gate",
@@ -60,6 +67,12 @@ class MossLinear(nn.Module, BaseTunerLayer):
         host._move_adapter_to_device_of_base_layer(name)
         host.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = cast(Any, super())._get_base_layer_device_and_dtype(base_layer)
+        if device is None:  # PEFT asks for a weight by its usual names, and a quantised layer may have none
+            device = next((t.device for t in chain(base_layer.parameters(), base_layer.buffers())), None)
+        return device, dtype
+
     def _create(self, name: str, modality: str, branch: Branch) -> None:
         def put(part: str, value: Tensor) -> None:
             getattr(self, f"moss_{modality}_{part}")[name] = nn.Parameter(value)
@@ -81,11 +94,12 @@ class MossLinear(nn.Module, BaseTunerLayer):
                 "adapter_names mixes adapters in one batch, which adapters that route by modality do not do",
                 fix="call set_adapter(name) and run each adapter's rows by themselves",
             )
-        out = cast(Tensor, self.base_layer(x, *args, **kwargs))
-        if self.disable_adapters:
+        base: Any = self._modules["base_layer"]
+        out = cast(Tensor, base(x, *args, **kwargs))
+        if self._disable_adapters:
             return out
         # A linear layer's backward does not read its output, so it is added to in place; other layers get a copy.
-        owned = type(self.base_layer) is nn.Linear and not out._is_view()
+        owned = type(base) is nn.Linear and not torch.compiler.is_compiling() and not out._is_view()
         for name in self.active_adapters:
             branches = self.moss_branches.get(name)
             if branches is not None:
@@ -116,7 +130,8 @@ class MossLinear(nn.Module, BaseTunerLayer):
 
     def _down(self, x: Tensor, rows: Rows, name: str, branches: Branches) -> tuple[Tensor | None, Tensor | None]:
         """z of the text rows and of the image rows, None where the layer has no such branch."""
-        if torch.compiler.is_compiling() or not self._can_share(name):
+        # an inference tensor does not count the writes to it, so that one input cannot be told from a later one
+        if torch.compiler.is_compiling() or x.is_inference() or not self._can_share(name):
             return self._down_alone(x, rows, name, branches)
         stash = self.routing.stash
         if not (isinstance(stash, _Stash) and stash.holds(x, name, self)):
@@ -127,34 +142,34 @@ class MossLinear(nn.Module, BaseTunerLayer):
         return found
 
     def _down_alone(self, x: Tensor, rows: Rows, name: str, branches: Branches) -> tuple[Tensor | None, Tensor | None]:
-        image = branches.own_image
         return (
-            self._project(x, rows.text, branches.text, self.moss_text_A, name, rows),
-            None if image is None else self._project(x, rows.image, image, self.moss_image_A, name, rows),
+            None if branches.text is None else self._project(x, rows.text, "text", branches.text, name, rows.patches),
+            None
+            if branches.own_image is None
+            else self._project(x, rows.image, "image", branches.own_image, name, rows.patches),
         )
 
     def _project(
-        self, x: Tensor, where: Tensor | None, branch: Branch | None, weights: nn.ParameterDict, name: str, rows: Rows
-    ) -> Tensor | None:
-        if branch is None:
-            return None
+        self, x: Tensor, where: Tensor | None, modality: str, branch: Branch, name: str, patches: Patches
+    ) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         chosen = flat if where is None else flat.index_select(0, where)
-        reference = self.moss_text_B if weights is self.moss_text_A else self.moss_image_B
-        dtype = compute_dtype(x, reference[name])
+        dtype = compute_dtype(x, self._weight(f"moss_{modality}_B", name))
         chosen = F.dropout(chosen.to(dtype), branch.dropout, self.training)
         if branch.rank == "full":
             return chosen
-        return causal_conv(chosen, weights[name].to(dtype), branch.taps, rows.patches)
+        return causal_conv(chosen, self._weight(f"moss_{modality}_A", name).to(dtype), branch.taps, patches)
 
     def _can_share(self, name: str) -> bool:
         """The plain case: low-rank branches without dropout, whole parameters."""
         branches = self.moss_branches[name]
-        for branch, weights in ((branches.text, self.moss_text_A), (branches.own_image, self.moss_image_A)):
-            if branch is not None and (branch.rank == "full" or (branch.dropout and self.training)):
+        for modality, branch in (("text", branches.text), ("image", branches.own_image)):
+            if branch is None:
+                continue
+            if branch.rank == "full" or (branch.dropout and self.training):
                 return False
             # a sharded parameter of a layer that is not running is not there
-            if branch is not None and type(weights[name]) is not nn.Parameter:
+            if type(self._weight(f"moss_{modality}_A", name)) is not nn.Parameter:
                 return False
         return True
 
@@ -164,40 +179,54 @@ class MossLinear(nn.Module, BaseTunerLayer):
         mine, its = self.moss_branches.get(name), first.moss_branches[name]
         if mine is None or self.disable_adapters or name not in self.active_adapters or not self._can_share(name):
             return False
-        same = [(b.text is None, b.shared, b.own_image and b.own_image.taps) for b in (mine, its)]
-        weights = [layer.moss_text_B[name] if mine.text else layer.moss_image_B[name] for layer in (self, first)]
-        return same[0] == same[1] and weights[0].device == weights[1].device and weights[0].dtype == weights[1].dtype
+        alike = [(b.text is None, b.shared, b.own_image.taps if b.own_image else None) for b in (mine, its)]
+        if alike[0] != alike[1]:
+            return False
+        part = "moss_text_B" if mine.text else "moss_image_B"
+        where = [(w.device, w.dtype) for w in (layer._weight(part, name) for layer in (self, first))]
+        return where[0] == where[1]
 
     def _add_step(self, out: Tensor, x: Tensor, routes: StepRoutes, name: str, branches: Branches) -> Tensor:
         """One cached step. Each branch is computed for all rows or for none, and by the same products whatever the
         other rows take, so that what a row gets does not depend, in its last bits, on its neighbours."""
-        flat, x = out.reshape(-1, self.out_features), x.reshape(-1, self.in_features)
-        kept = flat if routes.only is None else None
-        for modality, branch in (("text", branches.text), ("image", branches.own_image)):
-            if branch is None or routes.only not in (None, modality):
-                continue
-            chosen = flat if kept is None else kept.clone()
-            z = self._step_z(x, modality, branch, name, routes)
-            weight = getattr(self, f"moss_{modality}_B")[name]
-            add_up(chosen, None, z, weight.to(z.dtype), branch.scale)
-            if kept is not None:
-                is_here = routes.is_text if modality == "text" else routes.is_image
-                flat = torch.where(is_here.unsqueeze(1), chosen, flat)
-        return flat.view_as(out)
+        flat, x = out.view(-1, self.out_features), x.reshape(-1, self.in_features)
+        if routes.only is not None:
+            branch = branches.text if routes.only == "text" else branches.own_image
+            if branch is not None:
+                self._step(flat, x, routes.only, branch, name, routes)
+            return out
+        before = flat.clone()
+        for modality, branch, is_here in (
+            ("text", branches.text, routes.is_text), ("image", branches.own_image, routes.is_image),
+        ):  # fmt: skip
+            if branch is not None:
+                found = before.clone()
+                self._step(found, x, modality, branch, name, routes)
+                torch.where(is_here.unsqueeze(1), found, flat, out=flat)
+        return out
+
+    def _step(self, out: Tensor, x: Tensor, modality: str, branch: Branch, name: str, routes: StepRoutes) -> None:
+        """out (B, E) += the update of one branch, in place."""
+        up = self._weight(f"moss_{modality}_B", name)
+        dtype = compute_dtype(x, up)
+        if x.dtype is not dtype:
+            x = x.to(dtype)
+        if up.dtype is not dtype:
+            up = up.to(dtype)
+        z = x if branch.rank == "full" else self._step_z(x, modality, branch, name, routes)
+        add_up(out, None, z, up, branch.scale)
 
     def _step_z(self, x: Tensor, modality: str, branch: Branch, name: str, routes: StepRoutes) -> Tensor:
-        if branch.rank == "full":
-            return x.to(compute_dtype(x, getattr(self, f"moss_{modality}_B")[name]))
-        weight = getattr(self, f"moss_{modality}_A")[name]
-        dtype = compute_dtype(x, weight)
-        x, weight = x.to(dtype), weight.to(dtype)
+        weight = self._weight(f"moss_{modality}_A", name)
+        if weight.dtype is not x.dtype:
+            weight = weight.to(x.dtype)
         if branch.is_linear:
             return F.linear(x, weight)
         rings = self.routing.rings
         assert rings is not None
 
         def step(part: int, taps: Tensor, window: Window, value: Tensor) -> Tensor:
-            ring = rings.ring((id(self), name, part), window, taps, branch.rank)
+            ring = rings.ring((id(self), name, part), window, taps, len(taps) // len(window.taps))
             return conv_step(value, taps, ring, routes.tables[window.name])
 
         if not branch.experts:
@@ -205,18 +234,30 @@ class MossLinear(nn.Module, BaseTunerLayer):
         z = F.linear(x, weight)
         experts, gate, windows = self._experts(name, branch)
         return sam_experts(
-            z, experts.to(dtype), gate if gate is None else gate.to(dtype), windows,
+            z, experts, gate, windows,
             lambda e, taps, window: F.linear(z, taps) if len(window.taps) == 1 else step(e, taps, window, z),
         )  # fmt: skip
+
+    def _weight(self, part: str, name: str) -> Tensor:
+        """A parameter by way of torch's own dictionaries: attribute access to it would take as long as a small product,
+        and decoding is made of these."""
+        weight = self._modules[part]._parameters[name]  # type: ignore[union-attr]
+        assert weight is not None
+        return weight
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        cast(Any, super()).delete_adapter(adapter_name)
+        self.routing.unregister(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise AdapterError(
             "an adapter that depends on the modality cannot be merged into one weight",
-            fix="keep it attached, or call unload() to remove it",
+            fix="in weft.adapters.merge, merge_text(model) merges the text branch, to serve text only, and "
+            "split_weights(model) gives text and pictures a weight each; or keep it attached",
         )
 
     def unmerge(self) -> None:
-        raise AdapterError("nothing was merged")
+        raise AdapterError("nothing was merged, so nothing can be unmerged", fix="call unload() to remove the adapter")
 
 
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
@@ -242,7 +283,7 @@ def _down_together(
     first = layers[0].moss_branches[name]
     texts = [layer.moss_text_A[name] for layer in layers] if first.text else []
     images = [layer.moss_image_A[name] for layer in layers] if first.own_image else []
-    z = down(x, rows, texts, images, first.own_image.taps if first.own_image else NONE)
+    z = down(x, rows, texts, images, first.own_image.taps if first.own_image else SELF)
     return {
         id(layer): (z[i] if texts else None, z[len(texts) + i] if images else None) for i, layer in enumerate(layers)
     }

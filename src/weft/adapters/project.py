@@ -182,7 +182,7 @@ class _Up(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z_text, up_text, z_image, up_image = ctx.saved_tensors
         flat = g.reshape(-1, g.shape[-1])
         grads: list[Tensor | None] = []

@@ -10,6 +10,7 @@ again during backward, finds the same routes.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,7 +39,8 @@ class Rule:
 class Routes:
     """Index lists of one forward over whole sequences, made once and used by every layer."""
 
-    shape: tuple[int, int]
+    like: Tensor
+    """(B, L); only its shape counts, which as a tensor's may vary in one compiled graph, as numbers may not."""
     text: Tensor
     """(T,) flat positions (sequence * L + position) of the text branch."""
     image: Tensor
@@ -46,14 +48,19 @@ class Routes:
     patches: Patches
 
     @property
+    def shape(self) -> torch.Size:
+        """(B, L)."""
+        return self.like.shape
+
+    @property
     def all_text(self) -> bool:
         """Every position, padding included, takes the text branch."""
-        return len(self.text) == self.shape[0] * self.shape[1]
+        return len(self.text) == self.like.numel()
 
 
 @dataclass(frozen=True)
 class StepTables:
-    """Where one step of one window reads and writes in a ring of S * size + 1 rows, the last one for what has no place."""
+    """Where one step of one window reads and writes in a ring of S * size + 1 rows, the last for what has no place."""
 
     here: Tensor
     """(B,) the partial sum that this patch completes."""
@@ -132,15 +139,20 @@ class RoutingState:
         self.stash: Any = None
         self._rules: dict[str, Rule] = {}
         self._windows: tuple[Window, ...] = ()
-        self._routes: dict[Rule, Routes | StepRoutes] = {}
+        self._routes: dict[str, Routes | StepRoutes] = {}
         self._layout: ModalityLayout | None = None
         self._text_only = False
         self._fresh = False
+        self._since = 0
 
     def register(self, adapter: str, rule: Rule, windows: Sequence[Window]) -> None:
         """Let a named adapter be routed by `rule`, with tables for its windows."""
         self._rules[adapter] = rule
         self._windows = tuple(dict.fromkeys((*self._windows, *windows)))
+
+    def unregister(self, adapter: str) -> None:
+        """Forget an adapter that was deleted."""
+        self._rules.pop(adapter, None)
 
     def set(self, layout: ModalityLayout, rings: RingCache | None = None, slots: Tensor | None = None) -> None:
         """Give the layout of the coming forward.
@@ -153,27 +165,39 @@ class RoutingState:
             RoutingError: a picture does not start at its first patch, has a gap or ends early, without `rings`.
         """
         batch, length = layout.shape
-        rules = dict.fromkeys(self._rules.values()) or {Rule(): None}
+        rules = self._rules or {"default": Rule()}
+        routes: dict[Rule, Routes | StepRoutes]
         if rings is None:
-            self._routes = {rule: route(layout, rule, self._windows) for rule in rules}
+            routes = {rule: route(layout, rule, self._windows) for rule in dict.fromkeys(rules.values())}
         elif length != 1:
-            raise RoutingError(f"cached decoding feeds one position per row, got {length}")
+            raise RoutingError(
+                f"cached decoding feeds one position per row, got {length}",
+                fix="pass layout[t : t + 1] of each step, or leave the rings out for whole sequences",
+            )
         else:
             device = layout.outputs.modality.device
             slots = torch.arange(batch, device=device) if slots is None else slots
-            self._routes = {rule: route_step(layout, slots, rings, rule, self._windows) for rule in rules}
+            routes = {
+                rule: route_step(layout, slots, rings, rule, self._windows) for rule in dict.fromkeys(rules.values())
+            }
+        self._routes = {name: routes[rule] for name, rule in rules.items()}
         self.rings, self._layout, self.stash, self._fresh = rings, layout, None, True
+        self._since = _autograd_time()
 
-    def begin(self, layout: ModalityLayout | None) -> None:
+    def begin(self, layout: ModalityLayout | None, active: Sequence[str] | None = None) -> None:
         """A forward of the whole model starts, with this layout or the one that was set for it.
+
+        Args:
+            active: the adapters in use; None: all.
 
         Raises:
             RoutingError: neither: the layout of the forward before would be taken for this one's.
         """
+        if not any(name in self._rules for name in (self._rules if active is None else active)):
+            self._fresh = False  # nothing to route, and the next forward is another one
+            return
         if layout is not None:
             self.set(layout)
-        if not self._rules:  # one branch for all: nothing to route
-            return
         if not (self._fresh or self._text_only):
             raise RoutingError(
                 "an adapted model was run without the layout of its input",
@@ -182,6 +206,8 @@ class RoutingState:
         if not self._fresh:
             self._routes, self.rings = {}, None
         self._fresh = False
+        if not torch.compiler.is_compiling():
+            self._since = _autograd_time()
 
     @contextlib.contextmanager
     def text_only(self) -> Iterator[None]:
@@ -198,19 +224,25 @@ class RoutingState:
         """The routes for a layer input of shape (B, L, C) or (B * L, C).
 
         Raises:
-            RoutingError: no layout was set, or one for another number of positions.
+            RoutingError: no layout was set, or one for another number of positions, or one after the forward that
+                activation checkpointing runs again.
         """
-        rule = self._rules.get(adapter, Rule())
-        routes = self._routes.get(rule)
+        if not torch.compiler.is_compiling() and _in_backward_of_earlier(self._since):
+            raise RoutingError(
+                "a layer runs again for the backward of one forward, and the layout of a later one was set since",
+                fix="call backward before the next forward, or give gradient checkpointing use_reentrant=False and "
+                "context_fn=routing_of(model).checkpoint_context",
+            )
+        routes = self._routes.get(adapter)
         if routes is None and self._text_only:
-            return _text_routes(shape)
+            return _text_routes(shape, self._windows)
         if routes is None:
             raise RoutingError(
                 "an adapted model was run without the layout of its input",
                 fix="set it first: weft.adapters.routing_of(model).set(layout)",
             )
         batch, length = routes.shape
-        if shape[:-1].numel() != batch * length:
+        if shape[:-1] != routes.shape and (len(shape) != 2 or shape[0] != batch * length):
             raise RoutingError(
                 f"the layout describes {batch} x {length} positions, the model was given {tuple(shape[:-1])}",
                 fix="set the layout of this very batch before the forward",
@@ -220,7 +252,7 @@ class RoutingState:
     def checkpoint_context(self) -> tuple[Any, Any]:
         """`context_fn` of torch's checkpointing: layers run again in backward find the routes of their own forward,
         also where another forward came in between."""
-        return contextlib.nullcontext(), _restored(self, self._routes, self.rings)
+        return contextlib.nullcontext(), _Restored(self)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "RoutingState":
         # routes belong to a forward of the original, not to the copy
@@ -229,20 +261,36 @@ class RoutingState:
         return copy
 
 
-@contextlib.contextmanager
-def _restored(state: RoutingState, routes: dict[Rule, Routes | StepRoutes], rings: RingCache | None) -> Iterator[None]:
-    later = (state._routes, state.rings, state.stash)
-    state._routes, state.rings, state.stash = routes, rings, None
-    try:
-        yield
-    finally:
-        state._routes, state.rings, state.stash = later
+class _Restored:
+    """Within it, a state is as it was for the forward in which this was made. Entered by every backward through it."""
+
+    def __init__(self, state: RoutingState) -> None:
+        self._state = state
+        self._own = {name: getattr(state, name) for name in ("_routes", "rings", "_text_only")}
+        self._own |= {"stash": None, "_since": 0}
+
+    def __enter__(self) -> None:
+        self._later = {name: getattr(self._state, name) for name in self._own}
+        vars(self._state).update(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        vars(self._state).update(self._later)
 
 
-def _text_routes(shape: torch.Size) -> Routes:
-    batch, length = shape[0], shape[:-1].numel() // max(shape[0], 1)
-    none = torch.empty(0, dtype=torch.int64)
-    return Routes((batch, length), torch.arange(batch * length), none, Patches((), {}))
+def _autograd_time() -> int:
+    """How many nodes autograd has made on this thread; within backward, when the node that runs was made."""
+    node = torch._C._current_autograd_node()
+    return torch.autograd._get_sequence_nr() if node is None else node._sequence_nr()
+
+
+def _in_backward_of_earlier(time: int) -> bool:
+    node = torch._C._current_autograd_node()
+    return node is not None and node._sequence_nr() < time
+
+
+def _text_routes(shape: torch.Size, windows: tuple[Window, ...]) -> Routes:
+    every, none = torch.arange(math.prod(shape[:-1])), torch.empty(0, dtype=torch.int64)
+    return Routes(every.view(shape[0], -1), every, none, Patches.of((), none, none, none.new_empty(0, 2), windows))
 
 
 def route_step(
@@ -260,6 +308,13 @@ def route_step(
     is_image, is_text = _give(is_image, is_text, given, rule)
     only: Literal["text", "image"] | None = None
     if modality.device.type == "cpu":
+        too_wide = is_image & (cols > rings.columns)
+        if windows and bool(too_wide.any()):
+            at = int(too_wide.nonzero()[0])
+            raise RoutingError(
+                f"row {at} writes a picture of {int(cols[at])} columns, the rings hold {rings.columns}",
+                fix="make the RingCache as wide as the widest grid to be decoded",
+            )
         only = "text" if bool(is_text.all()) else "image" if bool(is_image.all()) else None
     place = (plane.row[:, 0] * cols + plane.col[:, 0]).clamp_min(0)
     tables = {w.name: _step_tables(w, rings, slots, place, cols, is_image) for w in windows}
@@ -300,7 +355,7 @@ def route(layout: ModalityLayout, rule: Rule = Rule(), windows: Sequence[Window]
     index = is_image.nonzero().squeeze(1)
     if not len(index):
         none = Patches.of((), index, index, index.new_zeros(0, 2), tuple(windows))
-        return Routes((batch, length), is_text.nonzero().squeeze(1), index, none)
+        return Routes(plane.modality, is_text.nonzero().squeeze(1), index, none)
     sequence, image = index // length, flat_image[index]
     _check(~((image >= 0) & (image < layout.grids.shape[1])), index, length, "a patch of a picture without a grid")
     grid = layout.grids[sequence, image]
@@ -325,7 +380,7 @@ def route(layout: ModalityLayout, rule: Rule = Rule(), windows: Sequence[Window]
         index, place, grid = index[order], place[order], grid[order]
     first = torch.arange(len(index), device=index.device) - place
     text = is_text.nonzero().squeeze(1)
-    return Routes((batch, length), text, index, Patches.of(groups, first, place, grid, tuple(windows)))
+    return Routes(plane.modality, text, index, Patches.of(groups, first, place, grid, tuple(windows)))
 
 
 def _at(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
@@ -351,9 +406,9 @@ def _check_runs(
     ends[:-1] = ~follows[1:]
     short = ends & (place + 1 < grid.prod(1))
     # an unfinished picture is fine where nothing but padding comes after it
-    real = is_text.index_fill(0, index, True)
-    after = (index + 1).clamp_max(len(is_text) - 1)
-    goes_on = real[after] & ((index + 1) % length != 0)
+    real = is_text.index_fill(0, index, True).view(shape)
+    last = (real * torch.arange(length, device=index.device)).amax(1)
+    goes_on = index % length < last[sequence]
     _check(short & goes_on, index, length, "an unfinished picture that is not at the end of its sequence")
     return begins
 

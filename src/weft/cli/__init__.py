@@ -23,6 +23,7 @@ VERBS = {
     "data": ("weft.cli.data:app", "Build, check and view training data made of illustrated documents."),
     "train": ("weft.cli.train:train", "Teach a model to answer with text and pictures, as a recipe says."),
     "generate": ("weft.cli.generate:generate", "Answer a prompt of text and pictures with text and pictures."),
+    "adapter": ("weft.cli.adapter:app", "Inspect, verify, merge and export what training wrote."),
     "doctor": ("weft.cli.doctor:doctor", "What is installed, what fits on this machine, and what to do about it."),
 }
 """Name of a verb -> where it is, and its line in the help."""

@@ -126,6 +126,13 @@ def _show_messages() -> None:
     logger.setLevel(logging.INFO)
 
 
+def _describe_parameters(plan: "Plan") -> str:
+    found = plan.parameters
+    parts = (("text branches", found.text), ("picture branches", found.image), ("whole modules", found.other))
+    of = ", ".join(f"{count:,} in {name}" for name, count in parts if count)
+    return f"{found.all:,} trained ({of}; as many as plain LoRA of rank {found.lora_rank:.3g})"
+
+
 def _print_plan(plan: "Plan") -> None:
     from rich.console import Console
     from rich.table import Table
@@ -147,7 +154,7 @@ def _print_plan(plan: "Plan") -> None:
     console = Console()
     console.print(table)
     console.print(f"documents: {plan.training_documents:,} to learn from, {plan.validation_documents:,} for validation")
-    console.print(f"parameters: {plan.trainable_parameters:,} trained, {plan.frozen_parameters:,} frozen")
+    console.print(f"parameters: {_describe_parameters(plan)}, {plan.frozen_parameters:,} frozen")
     console.print(f"memory: about {plan.peak_bytes / 2**20:,.0f} MiB, the peak of the first steps")
     minutes = plan.seconds / 60
     console.print(f"time: {plan.seconds_per_step:.2f} s a step, about {minutes:.1f} min for {plan.steps} steps")

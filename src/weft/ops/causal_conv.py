@@ -51,7 +51,7 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, taps = ctx.saved_tensors
         dx, dtaps = FORMS[ctx.name].backward(x, taps, dz, ctx.window, ctx.patches)
         return dx, dtaps, None, None, None
@@ -86,15 +86,13 @@ def _conv2d(x: Tensor, taps: Tensor, window: Window, patches: Patches) -> Tensor
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
-def _conv2d_backward(
-    x: Tensor, taps: Tensor, dz: Tensor, window: Window, patches: Patches
-) -> tuple[Tensor, Tensor]:
+def _conv2d_backward(x: Tensor, taps: Tensor, dz: Tensor, window: Window, patches: Patches) -> tuple[Tensor, Tensor]:
     weight = _conv2d_weight(taps, window)
     dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
     for (grid, pictures), (_, out), (_, into) in zip(
         _images(x, patches), _images(dz, patches), _images(dx, patches), strict=True
     ):
-        padded, (rows, cols) = _pad(pictures, window), grid
+        padded, cols = _pad(pictures, window), grid[1]
         dpadded, dw, _ = torch.ops.aten.convolution_backward(
             out.permute(0, 3, 1, 2), padded, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
             [True, True, False],
@@ -141,9 +139,7 @@ def _shifts(x: Tensor, taps: Tensor, window: Window, patches: Patches) -> Tensor
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
-def _shifts_backward(
-    x: Tensor, taps: Tensor, dz: Tensor, window: Window, patches: Patches
-) -> tuple[Tensor, Tensor]:
+def _shifts_backward(x: Tensor, taps: Tensor, dz: Tensor, window: Window, patches: Patches) -> tuple[Tensor, Tensor]:
     dproducts = dz.new_zeros(len(dz), len(window.taps), dz.shape[1])
     for ((rows, cols), blocks), (_, out) in zip(_images(dproducts, patches), _images(dz, patches), strict=True):
         for t, (a, b) in enumerate(window.taps):
@@ -206,10 +202,8 @@ def choose(x: Tensor, taps: Tensor, window: Window, patches: Patches) -> FormNam
     """
     if len(window.taps) == 1:
         return "linear"
+    if torch.compiler.is_compiling():  # one graph for all grids and numbers of pictures
+        return _forced or "table"
     if not patches.groups:
         return "table"
-    if _forced is not None:
-        return _forced
-    if x.device.type == "cpu" and x.dtype is torch.float32 and x.shape[1] >= 512:
-        return "conv2d"
-    return "shifts"
+    return _forced or "shifts"

@@ -86,6 +86,9 @@ class TrainConfig(Config):
     """Steps between checkpoints, of which the last two are kept."""
     validate_every: PositiveInt = 50
     """Steps between measurements on the validation documents, if there are any."""
+    verify: bool = True
+    """In the end, load the adapter in a fresh process and compare its logits with those of the model just trained; the
+    run has an adapter only if they are equal, and not those of the base."""
     resume: Annotated[Literal["auto", "never"] | Path, Field(union_mode="left_to_right")] = "auto"
     """`auto`: from the newest whole checkpoint in `out`, if any. `never`: a new run in a new folder. Or a checkpoint of
     this run to go back to; what came after it is removed."""

@@ -22,8 +22,9 @@ from filelock import FileLock, Timeout
 
 from weft.adapters import adapter_parameters, detach, load_adapter, save_adapter
 from weft.atomic import clean_leftovers, verify_folder, write_folder, write_json, write_text
+from weft.backbones.reload import verify_adapter
 from weft.config import to_yaml
-from weft.errors import CheckpointError, ConfigError, UsageError
+from weft.errors import AdapterError, CheckpointError, ConfigError, UsageError
 from weft.training.checkpoint import (
     KEPT,
     Progress,
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 PACKAGES = ("accelerate", "numpy", "peft", "pillow", "safetensors", "tokenizers", "torch", "transformers", "weft")
-FREE_KEYS = frozenset({"out", "resume"})
+FREE_KEYS = frozenset({"out", "resume", "verify"})
 """Keys of a recipe that may differ when a run is continued."""
 
 
@@ -91,10 +92,11 @@ class RunFolder:
             remove_checkpoint(old)
 
     def finish(self, training: Training) -> None:
-        """Write the adapter, believed only after it was read back equal.
+        """Write the adapter, believed only after it was read back equal, by a fresh process too if the recipe says so.
 
         Raises:
             CheckpointError: what was read back differs.
+            AdapterError: the fresh process fails or gives other logits, or the adapter does nothing.
         """
         trained = {name: tensor.detach().clone() for name, tensor in training.parameters.items()}
         with write_folder(self.adapter) as staging:
@@ -104,6 +106,16 @@ class RunFolder:
             for name, tensor in adapter_parameters(training.backbone).items():
                 if not torch.equal(tensor, trained[name].to(tensor.device)):
                     raise CheckpointError(f"tensor {name} of the saved adapter reads back changed", where=str(staging))
+            if self.config.verify:
+                self._verify(staging, training)
+
+    def _verify(self, staging: Path, training: Training) -> None:
+        try:
+            verify_adapter(staging, self.config.model, training.backbone)
+        except AdapterError as error:
+            # where it was will be gone when this is read; the checkpoints stay
+            error.where = str(self.adapter)
+            raise
 
     def checkpoint_of(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from weft.adapters import adapter_parameters, attach
+from weft.adapters.gradients import backward_by_modality
 from weft.backbones import load_backbone
 from weft.backbones.base import Backbone
 from weft.data import Dataset, open_dataset
@@ -37,7 +38,7 @@ class Training:
 
     config: TrainConfig
     backbone: Backbone
-    """Its adapter is what is trained."""
+    """Its adapter is what is trained, for full fine-tuning too."""
     dataset: Dataset
     examples: Examples
     training: Sequence[int]
@@ -217,7 +218,7 @@ def _step(
             is_last = i == len(batches) - 1
             with nullcontext() if is_last else accelerator.no_sync(training.objective):
                 part = training.objective(batch)
-                accelerator.backward(part.sum() * scale)
+                _backward(training, part * scale)
                 sums += part.detach()
     sums = accelerator.reduce(sums, "sum")
     norm = float(accelerator.clip_grad_norm_(list(training.parameters.values()), training.config.optim.clip))
@@ -228,6 +229,15 @@ def _step(
         optimizer.step()
     optimizer.zero_grad()
     return (Losses.of(sums, counts) if is_finite else None), norm
+
+
+def _backward(training: Training, losses: Tensor) -> None:
+    """Add the gradients of (2,) losses of text and pictures."""
+    if training.config.adapter.isolate_gradients:
+        text, image = losses
+        backward_by_modality(training.backbone.decoder, text, image, training.accelerator.backward)
+    else:
+        training.accelerator.backward(losses.sum())
 
 
 def _batches(training: Training, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 
 import torch
+from torch import nn
 
-from weft.adapters.routing import Rule, route
+from weft.adapters import MossConfig
+from weft.adapters.layer import MossLinear
+from weft.adapters.routing import route
 from weft.backbones.base import Backbone
 from weft.layout import Modality, ModalityLayout, TokenSequence, lay_out
 from weft.training.config import TrainConfig
@@ -27,10 +30,39 @@ class Stretch:
     shown: str
     """The text read there, control tokens as <name>; or which patches of which picture."""
     branch: str
-    """The adapter branch that the positions take: text, image, or none."""
+    """The adapter branch that the positions take: text, image, or none. Patterns may change it in single layers."""
     predicts: str
     is_learnt: bool
     """What the positions predict counts in the loss."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters are trained."""
+
+    text: int
+    """Of text branches, also where these serve pictures too."""
+    image: int
+    other: int
+    """Of modules that are trained whole."""
+    lora_rank: float
+    """Of the plain LoRA on the same layers that would train as many: what to compare with at an equal number."""
+
+    @property
+    def all(self) -> int:
+        return self.text + self.image + self.other
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Parameters":
+        """Those of a model with an adapter."""
+        counts = {"text": 0, "image": 0, "other": 0}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kind = next((kind for kind in ("text", "image") if f".moss_{kind}_" in name), "other")
+                counts[kind] += parameter.numel()
+        layers = (module for module in model.modules() if isinstance(module, MossLinear))
+        per_rank = sum(layer.in_features + layer.out_features for layer in layers)
+        return cls(**counts, lora_rank=sum(counts.values()) / per_rank)
 
 
 @dataclass(frozen=True)
@@ -42,7 +74,7 @@ class Plan:
     stretches: tuple[Stretch, ...]
     training_documents: int
     validation_documents: int
-    trainable_parameters: int
+    parameters: Parameters
     frozen_parameters: int
     peak_bytes: int
     """Of the process, or of the GPU's memory."""
@@ -65,14 +97,14 @@ def make_plan(config: TrainConfig) -> Plan:
     first = training.training[batch_of_step(config.seed, 1, config.optim.batch, len(training.training))[0]]
     sequence = training.examples[first][0]
     reports = list(islice(steps(training), MEASURED_STEPS))
-    trainable = sum(parameter.numel() for parameter in training.parameters.values())
+    parameters = Parameters.of(training.backbone.decoder)
     return Plan(
         document=sequence.name or f"number {first}",
-        stretches=describe(training.backbone, sequence, has_image_branch=config.adapter.kind != "lora"),
+        stretches=describe(training.backbone, sequence, config.adapter.to_peft()),
         training_documents=len(training.training),
         validation_documents=len(training.validation),
-        trainable_parameters=trainable,
-        frozen_parameters=sum(parameter.numel() for parameter in training.backbone.parameters()) - trainable,
+        parameters=parameters,
+        frozen_parameters=sum(parameter.numel() for parameter in training.backbone.parameters()) - parameters.all,
         peak_bytes=_peak_bytes(training),
         # the first step also warms up
         seconds_per_step=statistics.median(report.seconds for report in reports[-2:]),
@@ -80,10 +112,10 @@ def make_plan(config: TrainConfig) -> Plan:
     )
 
 
-def describe(backbone: Backbone, sequence: TokenSequence, *, has_image_branch: bool = True) -> tuple[Stretch, ...]:
+def describe(backbone: Backbone, sequence: TokenSequence, adapter: MossConfig) -> tuple[Stretch, ...]:
     """What each position of a sequence reads, which branch it takes, and where something is learnt."""
     layout = lay_out([sequence.spans])
-    branches = _branches(layout, Rule()) if has_image_branch else ["text"] * len(sequence)
+    branches = _branches(layout, adapter)
     learnt = [*sequence.is_target[1:].tolist(), False]
     inputs, outputs = layout.inputs, layout.outputs
     facts = [
@@ -109,13 +141,18 @@ def describe(backbone: Backbone, sequence: TokenSequence, *, has_image_branch: b
     return tuple(stretches)
 
 
-def _branches(layout: ModalityLayout, rule: Rule) -> list[str]:
-    """The routing rule's answer for every position of a single sequence."""
-    routes = route(layout, rule)
+def _branches(layout: ModalityLayout, adapter: MossConfig) -> list[str]:
+    """The branch that every position of a single sequence takes."""
+    if adapter.branches.shared:
+        return ["text"] * layout.shape[1]
+    routes = route(layout, adapter.rule)
     names = ["none"] * layout.shape[1]
-    for branch, index in (("text", routes.text), ("image", routes.image)):
-        for position in index.tolist():
-            names[position] = branch
+    for name, branch, index in (
+        ("text", adapter.branches.text, routes.text),
+        ("image", adapter.branches.image, routes.image),
+    ):
+        for position in index.tolist() if branch is not None else ():
+            names[position] = name
     return names
 
 

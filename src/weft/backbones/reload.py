@@ -1,0 +1,236 @@
+"""What was written works: a fresh process loads it and reproduces the logits (docs/guides/adapters.md).
+
+Two short documents that every generalist can read, one of text and one with pictures, go through the model in this
+process and in a new one, which knows nothing but the files.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel
+from PIL import Image as PILImage
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weft.adapters import adapter_parameters
+from weft.adapters.export import export_text_lora
+from weft.adapters.inspection import inspect_adapter, read_base
+from weft.adapters.merge import merge_text
+from weft.atomic import MANIFEST, verify_folder, write_folder
+from weft.backbones import load_model
+from weft.backbones.base import Backbone, encode_document
+from weft.document import Document, Image, Text, assistant, user
+from weft.errors import AdapterError, UsageError, WeftError
+from weft.layout import TokenSequence, lay_out
+
+NOISE = 1e-6
+"""Of the largest logit: what another order of fp32 sums does. An adapter that changes less does nothing."""
+MERGED = 1e-5
+"""Largest difference of a logit that merging may make, in fp32."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A fresh process gave the same logits."""
+
+    positions: int
+    """Positions compared."""
+    from_base: float
+    """Largest difference of a logit from the base model's."""
+    from_adapted: float
+    """Largest difference from the model with its adapter attached: 0 but for merging."""
+    idle: tuple[str, ...] = ()
+    """Modalities whose branch does nothing: it was never trained."""
+
+
+def verify_adapter(folder: Path, model: str | None = None, trained: Backbone | None = None) -> Verified:
+    """Load a base model and an adapter folder in a fresh process and compare every bit of the logits.
+
+    Args:
+        model: the base; by default the one that the folder names.
+        trained: the model in memory that the folder was just written from; by default what this process loads.
+
+    Raises:
+        UsageError: neither `model` nor the folder names a base.
+        AdapterError: the folder does not fit, its files changed since they were written, the logits differ (names the
+            first tensor that does), or it does nothing.
+    """
+    inspection = inspect_adapter(folder)
+    name = model or _base_name(folder)
+    here = trained or load_model(name, folder)
+    if (folder / MANIFEST).is_file():
+        verify_folder(folder)
+    sequences = probe(here)
+    expected = logits(here, sequences)
+    from_base = _changes(expected, _base_logits(here, sequences))
+    if not from_base:
+        first = inspection.branches[0]
+        raise AdapterError(
+            f"the adapter does nothing: its up-projections are zero, from {first.layer}.moss_{first.modality}_B on"
+            if all(branch.norm == 0 for branch in inspection.branches)
+            else "the adapter does nothing: the logits are those of the base model",
+            where=str(folder),
+            fix="train it",
+        )
+    device = str(cast(nn.Parameter, next(iter(here.parameters()))).device)
+    there, hashes = _in_fresh_process(name, folder, device)
+    for key, value in _hashes(here).items():
+        if hashes.get(key) != value:
+            raise AdapterError(f"tensor {key} reads back changed", where=str(folder), fix="save the adapter again")
+    difference = largest_difference(there, expected)
+    if difference != 0:
+        raise AdapterError(
+            f"a fresh process gives logits that differ by up to {difference:.2e}",
+            where=str(folder),
+            fix="save the adapter again, and check that the base model is the same",
+        )
+    idle = tuple(modality for modality in ("text", "image") if inspection.idle(modality))
+    return Verified(sum(map(len, sequences)), from_base, 0.0, idle)
+
+
+def merge_adapter(folder: Path, out: Path, model: str | None = None) -> Verified:
+    """Merge the text branch of an adapter folder into its base and write a model that `load_backbone` reads.
+
+    It is there only if a fresh process loads it and gives the adapted model's logits on text, to 1e-5.
+
+    Raises:
+        UsageError: no base is named, or it is of a kind that cannot be written.
+        AdapterError: the text branch cannot be merged, does nothing, or the fresh process disagrees.
+    """
+    from weft.backbones import tiny
+
+    backbone = load_model(model or _base_name(folder), folder)
+    if not isinstance(backbone, tiny.TinyBackbone):
+        raise UsageError(f"{backbone.name} cannot be written as a folder", fix="keep the adapter as a folder beside it")
+    sequences = probe(backbone)[:1]
+    expected = logits(backbone, sequences)
+    from_base = _changes(expected, _base_logits(backbone, sequences))
+    if not from_base:
+        raise AdapterError("the text branch does nothing: there is nothing to merge", where=str(folder), fix="train it")
+    backbone.decoder, backbone.routing = merge_text(backbone.decoder), None
+    with write_folder(out) as staging:
+        tiny.save(backbone, staging)
+        there, _ = _in_fresh_process(str(staging), None, "cpu")
+        difference = largest_difference(expected, there)
+        if not difference <= MERGED:
+            raise AdapterError(
+                f"merging changes logits by {difference:.1e}, more than {MERGED:.0e}",
+                where=str(folder),
+                fix="keep the adapter in its folder",
+            )
+    return Verified(sum(map(len, sequences)), from_base, difference)
+
+
+def export_adapter(folder: Path, out: Path, model: str | None = None) -> None:
+    """Write the text branch of an adapter folder as a plain LoRA folder; see `export_text_lora`.
+
+    Raises:
+        UsageError: no base is named.
+        AdapterError: the folder does not fit its base, or its text branch is no LoRA.
+    """
+    backbone = load_model(model or _base_name(folder), folder)
+    export_text_lora(cast(PeftModel, backbone.decoder), out)
+
+
+def probe(backbone: Backbone) -> list[TokenSequence]:
+    """A document of text, and one that is given a picture and makes another."""
+    given, made = (Image(_png(gradient)) for gradient in (PILImage.linear_gradient("L"), PILImage.radial_gradient("L")))
+    documents = (
+        Document((user("What is a garden?"), assistant("A place where somebody planted something."))),
+        Document((user(Text("And this?"), given), assistant(Text("A lamp."), made, Text("It is on.")))),
+    )
+    return [encode_document(backbone, document) for document in documents]
+
+
+def _png(picture: PILImage.Image) -> bytes:
+    data = BytesIO()
+    picture.resize((64, 64)).convert("RGB").save(data, "png")
+    return data.getvalue()
+
+
+@torch.no_grad()
+def logits(backbone: Backbone, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+    """(L, V) of either head for each sequence, each alone, on the CPU."""
+    found = {}
+    stack = backbone.decoder
+    training = stack.training
+    stack.eval()
+    device = cast(nn.Parameter, next(iter(backbone.parameters()))).device
+    for number, sequence in enumerate(sequences):
+        layout = lay_out([sequence.spans]).to(device)
+        hidden = backbone.forward(backbone.embed(sequence.ids[None].to(device), layout), layout)
+        for head, of in (("text", backbone.text_logits), ("image", backbone.image_logits)):
+            found[f"{number}.{head}"] = of(hidden)[0].float().cpu()
+    stack.train(training)
+    return found
+
+
+def _base_logits(backbone: Backbone, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+    with cast(PeftModel, backbone.decoder).disable_adapter():
+        return logits(backbone, sequences)
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Over all elements; what is -inf in both is equal. NaN where one has a NaN."""
+    found = [torch.where(value == other[key], 0.0, (value - other[key]).abs()).max() for key, value in one.items()]
+    return torch.stack(found).max().item()
+
+
+def _changes(adapted: dict[str, Tensor], base: dict[str, Tensor]) -> float:
+    """How much an adapter changes the logits; 0 where it is no more than noise."""
+    largest = max(value[value.isfinite()].abs().max().item() for value in base.values())
+    difference = largest_difference(adapted, base)
+    return difference if difference > NOISE * largest else 0.0
+
+
+def _base_name(folder: Path) -> str:
+    name = read_base(folder)
+    if name is None:
+        raise UsageError("the adapter folder names no base model", where=str(folder), fix="name it: --model NAME")
+    return name
+
+
+def _hashes(backbone: Backbone) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in adapter_parameters(backbone).items()
+    }
+
+
+def _in_fresh_process(model: str, adapter: Path | None, device: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The logits, and the hashes of the adapter's tensors, as another process finds them."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "logits.safetensors"
+        command = [sys.executable, "-m", __spec__.name, model, str(adapter or ""), device, str(out)]
+        # products may differ in their last bits with the number of threads
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True)
+        if done.returncode != 0:
+            said = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}")
+            raise AdapterError(f"a fresh process cannot load it: {said}", where=str(adapter or model))
+        with safe_open(out, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def main(model: str, adapter: str, device: str, out: str) -> None:
+    """What the fresh process does."""
+    try:
+        backbone = load_model(model, adapter or None)
+    except WeftError as error:
+        sys.exit(error.what)
+    cast(nn.Module, backbone).to(device)
+    save_file(logits(backbone, probe(backbone)), out, metadata=_hashes(backbone) if adapter else None)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
