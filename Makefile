@@ -45,6 +45,8 @@ levels: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.tiny
+	$(BIN)/python -m benchmarks.causal_conv --quick
+	$(BIN)/python -m benchmarks.adapters --quick
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -37,7 +37,6 @@ from weft.adapters.layer import MossLinear
 from weft.adapters.routing import Routes
 from weft.layout import ImageSpan, ModalityLayout, TextSpan, lay_out
 from weft.ops.causal_conv import reference
-from weft.ops.grid import Patches, Window
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GRID = (8, 8)
@@ -175,14 +174,13 @@ def train(size: Size, results: dict[str, Any]) -> None:
             kind: lambda model=model: train_step(model, embeds, layout) for kind, model in models.items()
         }
         if rank == 64:
-            arms["text"] = lambda: train_step(models["moss"], embeds, words)
+            arms["text"] = lambda model=models["moss"]: train_step(model, embeds, words)
         for name, times in race(arms, size.repeats).items():
             results[f"train_r{rank}_{name}"] = summary(times)
-        del models, arms
 
 
 class Decoder:
-    """Feeds one position per sequence from a cache of `past` positions, always the same place, so that steps compare."""
+    """Feeds one position per sequence after `past` cached ones, always the same place, so that steps compare."""
 
     def __init__(self, model: nn.Module, batch: int, channels: int, layout: ModalityLayout | None, past: int) -> None:
         self.model, self.layout, self.past = model, layout, past
@@ -225,7 +223,7 @@ def decode(size: Size, results: dict[str, Any]) -> None:
                 results[f"decode_r{rank}_b{batch}_{name}"] = summary(times)
             rings = arms["picture"].rings  # type: ignore[attr-defined]
             results[f"state_bytes_r{rank}_b{batch}"] = rings.nbytes
-        del models, arms
+        models.clear()  # before the next rank needs the room
 
 
 def rows(layout: ModalityLayout, batch: int) -> ModalityLayout:

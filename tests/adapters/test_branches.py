@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weft.adapters.branches import add_up, conv_step, sam, sam_experts, up_backward
-from weft.adapters.routing import RingCache, Rule, StepRoutes, route, route_step
+from weft.adapters.rings import RingCache
+from weft.adapters.routing import Rule, StepRoutes, route, route_step
 from weft.layout import ImageSpan, Modality, TextSpan, lay_out
 from weft.ops.causal_conv import reference
 from weft.ops.grid import Patches, Window

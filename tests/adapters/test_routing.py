@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft.adapters.routing import RingCache, Routes, Rule, route, route_step
+from weft.adapters.rings import RingCache
+from weft.adapters.routing import Routes, Rule, route, route_step
 from weft.errors import LayoutError, RoutingError
 from weft.layout import ImageSpan, Modality, ModalityLayout, TextSpan, lay_out
 from weft.ops.grid import Window

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from weft.adapters.routing import RingCache, RoutingState, Rule, route_step
+from weft.adapters.rings import RingCache
+from weft.adapters.routing import RoutingState, Rule, route_step
 from weft.errors import RoutingError
 from weft.layout import ImageSpan, TextSpan, lay_out
 from weft.ops.grid import Window

@@ -76,7 +76,10 @@ def test_a_document_becomes_tokens_spans_and_targets(nano):
     first, second = len(asked), len(asked) + len(answered)
     learnt = [*range(first, second), *range(second + len(c) + 1, len(sequence))]
     assert sequence.is_target.nonzero().flatten().tolist() == learnt
-    assert [span for span in sequence.spans if isinstance(span, ImageSpan)] == [ImageSpan(2, 2)] * 2
+    assert [span for span in sequence.spans if isinstance(span, ImageSpan)] == [
+        ImageSpan(2, 2, given=True),
+        ImageSpan(2, 2),
+    ]
     assert sum(span.length for span in sequence.spans) == len(sequence)
 
 

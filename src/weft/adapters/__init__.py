@@ -20,7 +20,8 @@ from torch import nn
 from weft.adapters.config import Branch, MossConfig
 from weft.adapters.peft import MossModel, find_routing, register, withdraw
 from weft.adapters.recipe import AdapterConfig
-from weft.adapters.routing import RingCache, RoutingState
+from weft.adapters.rings import RingCache
+from weft.adapters.routing import RoutingState
 from weft.atomic import write_json
 from weft.errors import AdapterError, WeftError
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weft.adapters.routing import StepTables
+from weft.adapters.rings import StepTables
 from weft.ops.causal_conv import causal_conv
 from weft.ops.grid import Patches, Window
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from weft.adapters.rings import RingCache, StepTables, step_tables
 from weft.errors import RoutingError
 from weft.layout import Modality, ModalityLayout
 from weft.ops.grid import Patches, Window
@@ -59,19 +60,6 @@ class Routes:
 
 
 @dataclass(frozen=True)
-class StepTables:
-    """Where one step of one window reads and writes in a ring of S * size + 1 rows, the last for what has no place."""
-
-    here: Tensor
-    """(B,) the partial sum that this patch completes."""
-    ahead: Tensor
-    """(B * T,) where each tap product goes, this patch's own among them."""
-    done: Tensor
-    """(B + 1,) the rows to clear: `here`, and the last."""
-    size: int
-
-
-@dataclass(frozen=True)
 class StepRoutes:
     """One cached decoding step of B rows, one position each. Shapes depend on B alone, so that it can be captured."""
 
@@ -84,46 +72,6 @@ class StepRoutes:
     """What every row takes, where that was known without asking the device: the other branch is then left out."""
     tables: dict[str, StepTables]
     """By the window's name."""
-
-
-class RingCache:
-    """The conv branches' partial sums, one ring per adapted layer and window, for a fixed number of cache slots.
-
-    Owned by whoever decodes; a slot must be reset when a picture starts in it.
-
-    Args:
-        columns: of the widest grid to be decoded.
-    """
-
-    def __init__(self, slots: int, columns: int) -> None:
-        self.slots, self.columns = slots, columns
-        self._rings: dict[Any, Tensor] = {}
-
-    def size(self, window: Window) -> int:
-        """Partial sums per slot: how far ahead in raster order a patch is read, and itself."""
-        return window.up * self.columns + window.left + 1
-
-    def ring(self, key: Any, window: Window, taps: Tensor, rank: int) -> Tensor:
-        """(slots * size + 1, rank) partial sums of one window of one layer, zero at first, in the dtype of `taps`."""
-        if key not in self._rings:
-            self._rings[key] = taps.new_zeros(self.slots * self.size(window) + 1, rank, requires_grad=False)
-        return self._rings[key]
-
-    def reset(self, slots: Sequence[int]) -> None:
-        """Forget the partial sums of these slots."""
-        if len(slots):
-            for ring in self._rings.values():
-                ring[:-1].view(self.slots, -1, ring.shape[1])[list(slots)] = 0
-
-    def reorder(self, order: Tensor) -> None:
-        """Slot i takes what slot order[i] holds, as beams do."""
-        for ring in self._rings.values():
-            held = ring[:-1].view(self.slots, -1, ring.shape[1])
-            held.copy_(held[order])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(ring.nbytes for ring in self._rings.values())
 
 
 class RoutingState:
@@ -235,7 +183,7 @@ class RoutingState:
             )
         routes = self._routes.get(adapter)
         if routes is None and self._text_only:
-            return _text_routes(shape, self._windows)
+            routes = self._routes[adapter] = _text_routes(shape, self._windows)
         if routes is None:
             raise RoutingError(
                 "an adapted model was run without the layout of its input",
@@ -317,21 +265,8 @@ def route_step(
             )
         only = "text" if bool(is_text.all()) else "image" if bool(is_image.all()) else None
     place = (plane.row[:, 0] * cols + plane.col[:, 0]).clamp_min(0)
-    tables = {w.name: _step_tables(w, rings, slots, place, cols, is_image) for w in windows}
+    tables = {w.name: step_tables(w, rings, slots, place, cols, is_image) for w in windows}
     return StepRoutes(layout.shape, is_text, is_image, only, tables)
-
-
-def _step_tables(
-    window: Window, rings: RingCache, slots: Tensor, place: Tensor, cols: Tensor, is_image: Tensor
-) -> StepTables:
-    size, last = rings.size(window), rings.slots * rings.size(window)
-    a, b = torch.tensor(window.taps, device=place.device).unbind(1)
-    cols, at, base = cols.unsqueeze(1), place.unsqueeze(1), slots.unsqueeze(1) * size
-    col = at % cols + b
-    reaches = is_image.unsqueeze(1) & (col >= 0) & (col < cols)
-    ahead = torch.where(reaches, base + (at + a * cols + b) % size, last)  # (B, T), the patch itself first
-    here = ahead[:, 0]
-    return StepTables(here, ahead.reshape(-1), torch.cat((here, here.new_full((1,), last))), size)
 
 
 def _give(is_image: Tensor, is_text: Tensor, given: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:

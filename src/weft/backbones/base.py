@@ -53,7 +53,7 @@ class DecodeStep:
     keys_values: Any
     """A transformers `Cache` that writes each row at its own positions."""
     rings: Any
-    """The adapters' partial sums (`weft.adapters.routing.RingCache`), or None."""
+    """The adapters' partial sums (`weft.adapters.rings.RingCache`), or None."""
 
 
 class Backbone(Protocol):

@@ -55,7 +55,7 @@ class Engine:
         self._cache = SlotCache(slots, self._context)
         self._rings = None
         if backbone.routing is not None:
-            from weft.adapters.routing import RingCache
+            from weft.adapters.rings import RingCache
 
             self._rings = RingCache(slots, columns=backbone.grid[1])
         # every picture has the same grid, and a context holds no more of them than this
