@@ -56,16 +56,14 @@ class Size:
     batches: tuple[int, ...]
 
 
-FULL = Size(2048, 5632, 4, 2, 1024, 32, 7, 24, (1, 8, 32))
-QUICK = Size(2048, 5632, 1, 2, 512, 6, 5, 16, (1, 8))
+FULL = Size(2048, 5632, 4, 2, 1024, 32, 5, 12, (1, 8, 32))
+QUICK = Size(2048, 5632, 1, 2, 1024, 5, 4, 12, (1, 8))
 
 
 def document(size: Size) -> ModalityLayout:
     """Half text, half patches: for each 16x16 picture four of 8x8, which is as many patches again."""
     unit = [TextSpan(64), ImageSpan(8, 8)] * 4 + [TextSpan(256), ImageSpan(16, 16)]
-    units, left = divmod(size.length, 1024)
-    spans = unit * units + ([TextSpan(256), ImageSpan(16, 16)] if left == 512 else [])
-    return lay_out([spans] * size.batch)
+    return lay_out([unit * (size.length // 1024)] * size.batch)
 
 
 def text(batch: int, length: int) -> ModalityLayout:
