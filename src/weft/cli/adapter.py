@@ -84,7 +84,7 @@ def merge(
 ) -> None:
     """Add the text branch to the base model's weights and write a model that serves text only, without an adapter.
 
-    It is written only if a fresh process loads it and gives the same logits, to 1e-5.
+    It is written only if a fresh process loads it and gives the same logits, to 1e-5 of the largest.
 
     Parameters
     ----------
