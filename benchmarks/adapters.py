@@ -101,9 +101,6 @@ def adapted(base: LlamaModel, kind: str, rank: int) -> nn.Module:
     return found.train()
 
 
-# --- correctness first ----------------------------------------------------------------------------------------------
-
-
 def check(model: nn.Module, layout: ModalityLayout, channels: int) -> float:
     """Largest difference, relative, of one adapted layer's output and input gradient from the definition."""
     layer = next(module for module in model.modules() if isinstance(module, MossLinear))
@@ -126,11 +123,28 @@ def check(model: nn.Module, layout: ModalityLayout, channels: int) -> float:
     error = max(float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in pairs)
     if error > 1e-4:
         raise SystemExit(f"the fast form is wrong by {error:.1e}; nothing was timed")
-    routing.set(layout)
     return error
 
 
-# --- timing ----------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def check_decoding(model: nn.Module, channels: int) -> float:
+    """Largest difference, relative, of one adapted layer's pictures written patch by patch from the whole pass."""
+    layer = next(module for module in model.modules() if isinstance(module, MossLinear))
+    layout, routing, rings = (
+        lay_out([[TextSpan(2), ImageSpan(*GRID), TextSpan(2)]] * 2),
+        routing_of(model),
+        RingCache(2, 8),
+    )
+    x = torch.randn(*layout.shape, channels)
+    routing.set(layout)
+    wanted, steps = layer(x), []
+    for t in range(layout.shape[1]):
+        routing.set(layout[t : t + 1], rings)
+        steps.append(layer(x[:, t : t + 1]))
+    error = float((torch.cat(steps, 1) - wanted).abs().max() / wanted.abs().max())
+    if error > 1e-5:
+        raise SystemExit(f"cached decoding is wrong by {error:.1e}; nothing was timed")
+    return error
 
 
 def race(arms: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
@@ -204,6 +218,7 @@ def decode(size: Size, results: dict[str, Any]) -> None:
     picture = lay_out([[TextSpan(1), ImageSpan(*GRID)]] * max(size.batches))
     for rank in (64, 256):
         models = {kind: adapted(base, kind, rank).eval() for kind in ("lora", "moss")}
+        results[f"check_decoding_r{rank}"] = check_decoding(models["moss"], size.channels)
         for batch in size.batches:
             inside = rows(picture[GRID[1] + 3 : GRID[1] + 4], batch)
             written = text(batch, 1)
@@ -226,9 +241,6 @@ def decode(size: Size, results: dict[str, Any]) -> None:
 
 def rows(layout: ModalityLayout, batch: int) -> ModalityLayout:
     return layout.map(lambda tensor: tensor[:batch])
-
-
-# --- memory: one process per arm --------------------------------------------------------------------------------------
 
 
 def resident(peak: bool) -> int:
@@ -260,9 +272,6 @@ def memory(size: Size, results: dict[str, Any], quick: bool) -> None:
                 capture_output=True, text=True, check=True, env=os.environ | {"MALLOC_ARENA_MAX": "1"},
             )  # fmt: skip
             results[f"memory_r{rank}_{kind}"] = json.loads(done.stdout.splitlines()[-1])
-
-
-# --- what the hardware must do at least -------------------------------------------------------------------------------
 
 
 def roofline(size: Size, rank: int) -> dict[str, float]:

@@ -103,6 +103,13 @@ def test_step_by_step_equals_the_full_forward(values):
     torch.testing.assert_close(stepped[real], full[real], rtol=0, atol=1e-5)
 
 
+def test_a_step_is_the_same_where_gradients_are_recorded():
+    backbone, layout = adapted(MossConfig(text=TEXT, image=IMAGES["up_left 2"])), lay_out(SEQUENCES)
+    embeds = embeds_for(layout)
+    recorded = decode.__wrapped__(backbone, layout, embeds)
+    assert recorded.requires_grad and torch.equal(recorded, decode(backbone, layout, embeds))
+
+
 BITS = ("linear", "up_left 2", "raster 3", "sam gated", "full", "none")
 
 

@@ -137,6 +137,14 @@ def test_without_a_text_branch_text_keeps_the_frozen_output_bit_for_bit(image):
 
 
 @torch.no_grad()
+def test_a_hook_on_the_frozen_layer_keeps_the_frozen_output():
+    model, (x, _) = adapted(MossConfig(text=TEXT, image=IMAGES["up_left 2"])), inputs()
+    frozen, kept = model.q_proj.base_layer, []  # without a bias, so that its output is no view
+    frozen.register_forward_hook(lambda _, __, out: kept.append(out))
+    model(x, layout=LAYOUT)
+    assert torch.equal(kept[0], F.linear(x, frozen.weight))
+
+
 def test_without_an_image_branch_pictures_keep_the_frozen_output_bit_for_bit():
     model, (x, _) = adapted(MossConfig(text=TEXT, image=None)), inputs()
     out = model(x, layout=LAYOUT)

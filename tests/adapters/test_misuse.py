@@ -185,6 +185,7 @@ MISUSES = {
     "an unknown format": (lambda _: moss(format=99), "format 99"),
     "a pattern that is no expression": (lambda _: moss(patterns={"(": {}}), "no regular expression"),
     "a pattern with an unknown modality": (lambda _: moss(patterns={"q": {"sound": {}}}), "must map to"),
+    "a pattern with no branch at all": (lambda _: moss(patterns={"q": {"image": "txt"}}), "got 'txt'"),
     "a pattern with an unknown field": (lambda _: moss(patterns={"q": {"image": {"krnel": 2}}}), "no krnel"),
     # where it goes
     "a pattern that matches nothing": (

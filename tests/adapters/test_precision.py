@@ -6,6 +6,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from tests.adapters.llama import IMAGE_BRANCHES, MIXED, adapted, adapters, gradients, loss_of
+from weft.adapters.branches import add_up
 
 KINDS = list(IMAGE_BRANCHES)
 
@@ -36,6 +37,17 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32(kind, autocast):
             parameter.data = parameter.data.bfloat16()
     found = gradient_of(model, autocast=autocast)
     assert 0 < (found - exact).norm() < 2e-2 * exact.norm()
+
+
+@torch.no_grad()
+def test_text_beside_pictures_is_rounded_to_bfloat16_once_as_text_alone_is():
+    torch.manual_seed(0)
+    out, z, up = torch.randn(6, 8, dtype=torch.bfloat16), torch.randn(6, 3), torch.randn(8, 3)
+    rows = torch.tensor([1, 2, 4])
+    alone, beside = out.clone(), out.clone()
+    add_up(alone, None, z, up, 2.0)
+    add_up(beside, rows, z[rows], up, 2.0)
+    assert torch.equal(beside[rows], alone[rows])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

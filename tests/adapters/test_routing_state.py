@@ -84,6 +84,30 @@ def test_text_only_stands_for_the_layout_of_a_text_of_any_size():
         state.of("adapter 0", torch.Size((1, 10, 8)))
 
 
+def test_text_only_forgets_a_layout_that_was_set_for_a_forward_that_never_came():
+    state = state_of()
+    state.set(MIXED)
+    with state.text_only():
+        state.begin(None)
+        assert state.of("adapter 0", torch.Size((1, 10, 8))).all_text
+
+
+def test_text_only_routes_lie_where_the_input_does():
+    state = state_of()
+    meta = torch.device("meta")
+    with state.text_only():
+        state.begin(None)
+        routes = state.of("adapter 0", torch.Size((1, 4, 8)), meta)
+    assert routes.text.device == routes.image.device == meta
+
+
+def test_a_layout_on_another_device_than_the_input_is_refused():
+    state = state_of()
+    state.set(MIXED)
+    with pytest.raises(RoutingError, match="the layout is on cpu, the model's input on meta"):
+        state.of("adapter 0", torch.Size((1, 10, 8)), torch.device("meta"))
+
+
 def test_text_only_ends_also_when_it_fails():
     state = state_of()
     with pytest.raises(ZeroDivisionError), state.text_only():

@@ -126,6 +126,13 @@ def test_verify_finds_zeroed_up_projections(folder, capsys):
     )
 
 
+def test_a_tensor_that_is_not_finite_is_named(folder, capsys):
+    change(folder, lambda tensors: {k: t / 0 if "q_proj.moss_text_B" in k else t for k, t in tensors.items()})
+    for verb in ("inspect", "verify"):
+        assert run(verb, folder) == 1
+        assert "self_attn.q_proj.moss_text_B holds values that are not finite" in capsys.readouterr().err
+
+
 def test_a_missing_tensor_is_named(folder, capsys):
     change(folder, lambda tensors: {k: t for k, t in tensors.items() if "q_proj.moss_image_B" not in k})
     for verb in ("inspect", "verify"):

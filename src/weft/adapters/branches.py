@@ -73,8 +73,10 @@ def conv_step(x: Tensor, taps: Tensor, ring: Tensor, tables: StepTables) -> Tens
 
 def add_up(out: Tensor, rows: Tensor | None, z: Tensor, up: Tensor, scale: float) -> None:
     """out (N, E) += scale * up z at `rows`, or everywhere, in place. z (n, R), up (E, R)."""
-    if rows is not None:
-        out.index_add_(0, rows, F.linear(z * scale, up).to(out.dtype))
+    if rows is not None and out.dtype is z.dtype:
+        out.index_add_(0, rows, F.linear(z * scale, up))
+    elif rows is not None:  # rounded once, as everywhere
+        out.index_copy_(0, rows, out.index_select(0, rows).add(F.linear(z * scale, up)).to(out.dtype))
     elif out.dtype is z.dtype:
         out.addmm_(z, up.T, alpha=scale)
     else:

@@ -177,11 +177,6 @@ class MossConfig(PeftConfig):
                 fix="load it with the version of Weft that wrote it, or train the adapter again",
             )
         self.text, self.image = _branch(self.text, "text"), _branch(self.image, "image")
-        if self.image not in ("text", None) and not isinstance(self.image, Branch):
-            raise AdapterError(
-                f"image must be a Branch, 'text' or None, got {self.image!r}",
-                fix="give a Branch, or 'text' for the text branch to serve pictures too",
-            )
         for name, value, known in (
             ("routing", self.routing, ("output", "input")),
             ("context_images", self.context_images, ("image", "text", "none")),
@@ -209,8 +204,7 @@ class MossConfig(PeftConfig):
     @property
     def branches(self) -> Branches:
         """The branches of every layer that no pattern changes."""
-        assert self.text is None or isinstance(self.text, Branch)
-        assert not isinstance(self.image, dict)
+        assert not isinstance(self.text, dict) and not isinstance(self.image, dict)
         return Branches(self.text, self.image)
 
     @property
@@ -298,5 +292,10 @@ def _check_branches(branches: Branches) -> None:
         raise AdapterError(f"text must be a Branch or None, got {branches.text!r}", fix="give a Branch, or None")
     if branches.text is not None and not branches.text.is_linear:
         raise AdapterError("the text branch is linear: text has no grid", fix="set a kernel on the image branch only")
+    if branches.image not in ("text", None) and not isinstance(branches.image, Branch):
+        raise AdapterError(
+            f"image must be a Branch, 'text' or None, got {branches.image!r}",
+            fix="give a Branch, or 'text' for the text branch to serve pictures too",
+        )
     if branches.text is None and branches.image in ("text", None):
         raise AdapterError("neither text nor image has a branch", fix="give at least one of them a rank")

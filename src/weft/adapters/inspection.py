@@ -183,6 +183,12 @@ def _read_layer(folder: Path, config: MossConfig, layer: str, parts: dict[str, T
                 where=str(folder),
                 fix="use the adapter_config.json that was saved with it",
             )
+        if not bool(parts[part].isfinite().all()):
+            raise AdapterError(
+                f"tensor {key} holds values that are not finite",
+                where=str(folder),
+                fix="train again, with a lower learning rate, or take an earlier checkpoint",
+            )
     for modality, branch in chosen:
         if branch is not None:
             mine = [parts[f"{modality}_{part}"] for part, _ in _shapes(branch)]

@@ -98,8 +98,10 @@ class MossLinear(nn.Module, BaseTunerLayer):
         out = cast(Tensor, base(x, *args, **kwargs))
         if self._disable_adapters:
             return out
-        # A linear layer's backward does not read its output, so it is added to in place; other layers get a copy.
-        owned = type(base) is nn.Linear and not torch.compiler.is_compiling() and not out._is_view()
+        # A linear layer's backward does not read its output, so it is added to in place, unless a hook may have kept
+        # it; other layers get a copy.
+        plain = type(base) is nn.Linear and not base._forward_hooks
+        owned = plain and not torch.compiler.is_compiling() and not out._is_view()
         for name in self.active_adapters:
             branches = self.moss_branches.get(name)
             if branches is not None:
@@ -110,7 +112,7 @@ class MossLinear(nn.Module, BaseTunerLayer):
         if branches.shared:
             rows = Rows(None, _NO_ROWS, _NO_PATCHES)
         else:
-            routes = self.routing.of(name, x.shape)
+            routes = self.routing.of(name, x.shape, x.device)
             if isinstance(routes, StepRoutes):
                 return self._add_step(out if owned else out.clone(), x, routes, name, branches)
             rows = Rows(None if routes.all_text else routes.text, routes.image, routes.patches)
@@ -136,7 +138,7 @@ class MossLinear(nn.Module, BaseTunerLayer):
         stash = self.routing.stash
         if not (isinstance(stash, _Stash) and stash.holds(x, name, self)):
             layers = [layer for layer in self.siblings if layer._shares_with(self, name)]
-            stash = _Stash(x, x._version, name, _down_together(layers, x, rows, name))
+            stash = _Stash(x, _state_of(x), name, _down_together(layers, x, rows, name))
         found = stash.found.pop(id(self))
         self.routing.stash = stash if stash.found else None
         return found
@@ -195,15 +197,15 @@ class MossLinear(nn.Module, BaseTunerLayer):
             if branch is not None:
                 self._step(flat, x, routes.only, branch, name, routes)
             return out
-        before = flat.clone()
+        before = flat
         for modality, branch, is_here in (
             ("text", branches.text, routes.is_text), ("image", branches.own_image, routes.is_image),
         ):  # fmt: skip
             if branch is not None:
                 found = before.clone()
                 self._step(found, x, modality, branch, name, routes)
-                torch.where(is_here.unsqueeze(1), found, flat, out=flat)
-        return out
+                flat = torch.where(is_here.unsqueeze(1), found, flat)
+        return flat.view_as(out)
 
     def _step(self, out: Tensor, x: Tensor, modality: str, branch: Branch, name: str, routes: StepRoutes) -> None:
         """out (B, E) += the update of one branch, in place."""
@@ -269,12 +271,19 @@ class _Stash:
     """z of layers that share one input, computed when the first of them was called."""
 
     x: Tensor
-    version: int
+    state: tuple[Any, ...]
     name: str
     found: dict[int, tuple[Tensor | None, Tensor | None]]
 
     def holds(self, x: Tensor, name: str, layer: MossLinear) -> bool:
-        return self.x is x and self.version == x._version and self.name == name and id(layer) in self.found
+        return self.x is x and self.state == _state_of(x) and self.name == name and id(layer) in self.found
+
+
+def _state_of(x: Tensor) -> tuple[Any, ...]:
+    """What else a product of x depends on: writes to it, autocast, whether gradients are wanted."""
+    device = x.device.type
+    cast_to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return x._version, cast_to, torch.is_grad_enabled()
 
 
 def _down_together(

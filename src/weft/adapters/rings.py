@@ -76,7 +76,8 @@ def step_tables(
         slots, place, cols, is_image: (B,) cache slot, raster index, columns of the grid, whether it writes a patch.
     """
     size, last = rings.size(window), rings.slots * rings.size(window)
-    a, b = torch.tensor(window.taps, device=place.device).unbind(1)
+    # filled on the device: copying a list to it would wait, and cannot be captured
+    a, b = (torch.cat([place.new_full((1,), offset) for offset in side]) for side in zip(*window.taps, strict=True))
     cols, at, base = cols.unsqueeze(1), place.unsqueeze(1), slots.unsqueeze(1) * size
     col = at % cols + b
     reaches = is_image.unsqueeze(1) & (col >= 0) & (col < cols)

@@ -24,6 +24,7 @@ from weft.layout import Modality, ModalityLayout
 from weft.ops.grid import Patches, Window
 
 Modal = Literal["image", "text", "none"]
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Routes:
         return self.like.shape
 
     @property
+    def device(self) -> torch.device:
+        return self.like.device
+
+    @property
     def all_text(self) -> bool:
         """Every position, padding included, takes the text branch."""
         return len(self.text) == self.like.numel()
@@ -72,6 +77,10 @@ class StepRoutes:
     """What every row takes, where that was known without asking the device: the other branch is then left out."""
     tables: dict[str, StepTables]
     """By the window's name."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.is_text.device
 
 
 class RoutingState:
@@ -159,8 +168,11 @@ class RoutingState:
 
     @contextlib.contextmanager
     def text_only(self) -> Iterator[None]:
-        """Within the block, a forward without a layout is one of text alone, padding included."""
-        before, self._text_only = self._text_only, True
+        """Within the block, a forward without a layout is one of text alone, padding included.
+
+        A layout that was set before the block, and not used, is forgotten.
+        """
+        before, self._text_only, self._fresh = self._text_only, True, False
         try:
             yield
         finally:
@@ -168,12 +180,12 @@ class RoutingState:
             if not before:
                 self._routes = {}
 
-    def of(self, adapter: str, shape: torch.Size) -> Routes | StepRoutes:
-        """The routes for a layer input of shape (B, L, C) or (B * L, C).
+    def of(self, adapter: str, shape: torch.Size, device: torch.device = _CPU) -> Routes | StepRoutes:
+        """The routes for a layer input of shape (B, L, C) or (B * L, C) on this device.
 
         Raises:
-            RoutingError: no layout was set, or one for another number of positions, or one after the forward that
-                activation checkpointing runs again.
+            RoutingError: no layout was set, or one for another number of positions or on another device, or one after
+                the forward that activation checkpointing runs again.
         """
         if not torch.compiler.is_compiling() and _in_backward_of_earlier(self._since):
             raise RoutingError(
@@ -183,7 +195,7 @@ class RoutingState:
             )
         routes = self._routes.get(adapter)
         if routes is None and self._text_only:
-            routes = self._routes[adapter] = _text_routes(shape, self._windows)
+            routes = self._routes[adapter] = _text_routes(shape, device, self._windows)
         if routes is None:
             raise RoutingError(
                 "an adapted model was run without the layout of its input",
@@ -194,6 +206,11 @@ class RoutingState:
             raise RoutingError(
                 f"the layout describes {batch} x {length} positions, the model was given {tuple(shape[:-1])}",
                 fix="set the layout of this very batch before the forward",
+            )
+        if routes.device != device:
+            raise RoutingError(
+                f"the layout is on {routes.device}, the model's input on {device}",
+                fix="move it to the model first: layout.to(device)",
             )
         return routes
 
@@ -236,8 +253,9 @@ def _in_backward_of_earlier(time: int) -> bool:
     return node is not None and node._sequence_nr() < time
 
 
-def _text_routes(shape: torch.Size, windows: tuple[Window, ...]) -> Routes:
-    every, none = torch.arange(math.prod(shape[:-1])), torch.empty(0, dtype=torch.int64)
+def _text_routes(shape: torch.Size, device: torch.device, windows: tuple[Window, ...]) -> Routes:
+    every = torch.arange(math.prod(shape[:-1]), device=device)
+    none = every[:0]
     return Routes(every.view(shape[0], -1), every, none, Patches.of((), none, none, none.new_empty(0, 2), windows))
 
 

@@ -49,7 +49,7 @@ class TwoWeightLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., E), with the layout that was set for x."""
-        routes = self.routing.of(self.adapter, x.shape)
+        routes = self.routing.of(self.adapter, x.shape, x.device)
         flat = x.reshape(-1, self.in_features)
         if isinstance(routes, StepRoutes):
             out = self._step(flat, routes)

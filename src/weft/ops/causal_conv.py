@@ -186,7 +186,7 @@ _forced: FormName | None = None
 
 @contextlib.contextmanager
 def use_form(name: FormName) -> Iterator[None]:
-    """Take this form within the block, whatever the sizes."""
+    """Take this form within the block, whatever the sizes; for whole pictures, as unfinished ones need the table."""
     global _forced
     before, _forced = _forced, name
     try:
