@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -191,8 +192,7 @@ def test_the_trainer_of_transformers_trains_evaluates_and_resumes(tmp_path):
 
 
 def test_a_layout_moves_with_its_batch():
-    send = pytest.importorskip("accelerate.utils").send_to_device
-    moved = send(batch(), "meta", non_blocking=True)
+    moved = send_to_device(batch(), "meta", non_blocking=True)
     assert moved["layout"].grids.device.type == moved["layout"].outputs.row.device.type == "meta"
 
 

@@ -97,7 +97,6 @@ class RoutingState:
         self._rules: dict[str, Rule] = {}
         self._windows: tuple[Window, ...] = ()
         self._routes: dict[str, Routes | StepRoutes] = {}
-        self._layout: ModalityLayout | None = None
         self._text_only = False
         self._fresh = False
         self._since = 0
@@ -138,7 +137,7 @@ class RoutingState:
                 rule: route_step(layout, slots, rings, rule, self._windows) for rule in dict.fromkeys(rules.values())
             }
         self._routes = {name: routes[rule] for name, rule in rules.items()}
-        self.rings, self._layout, self.stash, self._fresh = rings, layout, None, True
+        self.rings, self.stash, self._fresh = rings, None, True
         self._since = _autograd_time()
 
     def begin(self, layout: ModalityLayout | None, active: Sequence[str] | None = None) -> None:
