@@ -18,6 +18,9 @@ from torch import Tensor
 
 from weft.errors import LayoutError
 
+FEATURE = -1
+"""The id of an element that is no token: it is the next row of its sequence's `features`."""
+
 
 class Modality(IntEnum):
     NONE = 0
@@ -40,6 +43,10 @@ class ImageSpan:
     present: int | None = None
     given: bool = False
     """It stands in the context and is not to be generated."""
+    before: int = 1
+    """Text positions that open it and are never parted from it."""
+    after: int = 1
+    """Those that close it."""
 
     @property
     def length(self) -> int:
@@ -277,12 +284,14 @@ class TokenSequence:
     """A document as one model reads it, before batching."""
 
     ids: Tensor
-    """(L,) int64: text tokens and picture codes in the model's own numbering."""
+    """(L,) int64: text tokens; picture code k as vocabulary + k; `FEATURE` for what has no id."""
     spans: tuple[Span, ...]
     is_target: Tensor
     """(L,) bool: True where element t is to be learnt, which the position before it does."""
     name: str | None = None
     """The document's id, for messages."""
+    features: Tensor | None = None
+    """(n, F) one row for each id that is `FEATURE`, in order; None where there is none."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -17,7 +17,7 @@ from weft.backbones.base import check_fits, encode_document
 from weft.backbones.tiny import SPECIAL, WEIGHTS, read, save
 from weft.data.sources.picturebook import Reader, draw, held_out_scene, random_edit
 from weft.document import Document, Image, Text, Turn, assistant, user
-from weft.errors import CheckpointError, ContextError
+from weft.errors import CheckpointError, ContextError, UsageError
 from weft.generation import SamplingConfig, generate
 from weft.images import decode_image, encode_png
 from weft.layout import ImageSpan, TextSpan, lay_out
@@ -60,15 +60,18 @@ def test_text_that_spells_a_control_token_gives_none(name):
 def test_heads_share_out_the_ids(nano):
     hidden = torch.randn(3, 32)
     text, image = nano.text_logits(hidden), nano.image_logits(hidden)
-    assert torch.equal(text.isinf(), ~image.isinf())
-    assert torch.equal(text.nan_to_num(neginf=0) + image.nan_to_num(neginf=0), nano.head(hidden))
+    assert (text.shape[-1], image.shape[-1]) == (nano.vocabulary, nano.codes)
+    torch.testing.assert_close(torch.cat((text, image), -1), nano.head(hidden), rtol=0, atol=1e-6)
 
 
 def test_a_document_becomes_tokens_spans_and_targets(nano):
     document = Document((user("a", picture("red")), assistant("b", picture("blue")), user("c"), assistant("d")))
     sequence = encode_document(nano, document)
     special, a, b, c, d = nano.tokens, *(nano.tokenize(letter) for letter in "abcd")
-    red, blue = nano.encode_images([decode_image(i.data) for i in document.images]).tolist()
+    red, blue = (
+        nano.encode_images([decode_image(image.data)], generated=generated)[0].ids.tolist()
+        for image, generated in zip(document.images, (False, True), strict=True)
+    )
     open_, close, sep = special.begin_image, special.end_image, special.separator
     asked = [special.begin, *a, open_, *red, close, sep]
     answered = [*b, open_, *blue, close, sep]
@@ -96,8 +99,12 @@ def test_loss_flags_and_prompts(nano):
 def test_pictures_of_any_size_are_cropped_to_the_middle(nano):
     wide = PILImage.new("RGB", (64, 16), "red")
     wide.paste("blue", (24, 0, 40, 16))
-    assert torch.equal(nano.encode_images([wide]), nano.encode_images([PILImage.new("RGB", (16, 16), "blue")]))
-    assert nano.decode_image(nano.encode_images([wide])[0]).size == nano.picture_size
+    cropped, blue = nano.encode_images([wide, PILImage.new("RGB", (16, 16), "blue")], generated=True)
+    assert torch.equal(cropped.ids, blue.ids)
+    assert nano.decode_image(cropped).size == (16, 16)
+    assert nano.form_of((16, 16)) == nano.form
+    with pytest.raises(UsageError, match="16 x 16"):
+        nano.form_of((32, 16))
 
 
 def test_a_patch_has_the_same_code_whatever_stands_beside_it(tiny):
@@ -153,7 +160,7 @@ def test_bundled_weights_are_small():
 def test_bundled_codec_is_clean_and_readable(tiny):
     rng, reader = random.Random(11), Reader()
     scenes = [held_out_scene(rng) for _ in range(32)]
-    rebuilt = [tiny.decode_image(codes) for codes in tiny.encode_images([draw(scene) for scene in scenes])]
+    rebuilt = [tiny.decode_image(e) for e in tiny.encode_images([draw(scene) for scene in scenes], generated=True)]
     assert [reader.read(picture) for picture in rebuilt] == scenes
     errors = [
         np.square(np.asarray(draw(s), float) - np.asarray(p, float)) for s, p in zip(scenes, rebuilt, strict=True)

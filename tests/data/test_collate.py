@@ -68,7 +68,7 @@ def test_labels_of_a_document_agree_with_its_layout():
     predicts_picture = batch.layout.outputs.modality == Modality.IMAGE
     is_code = batch.labels >= nano.config.vocabulary
     assert torch.equal(learnt & predicts_picture, is_code)
-    assert is_code.sum(1).tolist() == [2 * nano.grid[0] * nano.grid[1]] * 2
+    assert is_code.sum(1).tolist() == [2 * nano.form.patches] * 2
     assert not learnt[~batch.layout.is_real].any()
 
 

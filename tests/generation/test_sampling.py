@@ -57,9 +57,11 @@ def test_a_row_without_a_choice_is_invalid_and_its_neighbour_is_not(bad, choice)
 
 
 def test_guidance_mixes_and_leaves_excluded_ids_out():
-    logits, unconditional = torch.tensor([[1.0, -INF]] * 2), torch.tensor([[3.0, -INF]] * 2)
-    guided = guide(logits, unconditional, torch.tensor([4.0, 1.0]))
-    assert guided.tolist() == [[3 + 4 * (1 - 3), -INF], [1.0, -INF]]
+    full, no_text, nothing = (torch.tensor([[value, -INF]] * 4) for value in (1.0, 3.0, 7.0))
+    text, images = torch.tensor([[4.0, 1.0, 1.0, 4.0], [1.0, 1.0, 2.0, 2.0]])
+    guided = guide(full, no_text, nothing, text, images)
+    assert guided[:, 1].tolist() == [-INF] * 4
+    assert guided[:, 0].tolist() == [3 + 4 * (1 - 3), 1.0, 7 + 2 * (3 - 7) + 1 * (1 - 3), 7 + 2 * (3 - 7) + 4 * (1 - 3)]
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@ import random
 
 import pytest
 
-from weft.backbones.base import SpecialTokens
+from weft.backbones.base import PictureForm, SpecialTokens
 from weft.generation import SamplingConfig
 from weft.generation.state import AnswerState, May, room_needed
 
 TOKENS = SpecialTokens(begin=1, end=2, pad=0, separator=3, begin_image=4, end_image=5)
 WORD, PATCH = 10, 99
 PATCHES = 4
-TOKEN_OF = {May.TEXT: WORD, May.BEGIN_IMAGE: 4, May.END: 2, May.PATCH: PATCH, May.END_IMAGE: 5}
+FORM = PictureForm(2, 2, before=(4,), after=(5,))
+TOKEN_OF = {May.TEXT: WORD, May.BEGIN_IMAGE: 4, May.END: 2, May.PATCH: PATCH}
 
 
-def write(config, room, prefer, patches=PATCHES):
+def write(config, room, prefer, form=FORM):
     """Every token of an answer by a model that takes the first allowed kind of `prefer(step)`, and the final state."""
-    state, written = AnswerState(config, TOKENS, patches, room), []
+    state, written = AnswerState(config, TOKENS, form, room), []
     while state.reason is None:
         may = state.may()
         token = state.forced()
@@ -37,7 +38,7 @@ def test_the_end_ends_it():
 
 
 def test_the_separator_ends_it_too():
-    state = AnswerState(SamplingConfig(), TOKENS, PATCHES, 100)
+    state = AnswerState(SamplingConfig(), TOKENS, FORM, 100)
     assert state.advance(TOKENS.separator) == May.END
     assert state.reason == "stop"
 
@@ -89,10 +90,34 @@ def test_the_first_may_be_forced_to_be_a_picture():
     assert WORD in written
 
 
+def test_what_opens_a_picture_its_lines_and_what_closes_it_is_not_a_choice():
+    form = PictureForm(2, 3, before=(4, 20, 21), after=(22, 5), line_end=23)
+    written, state = write(SamplingConfig(max_images=1), 100, always(May.BEGIN_IMAGE, May.END), form)
+    assert written == [4, 20, 21, PATCH, PATCH, 23, PATCH, PATCH, 23, 22, 5]
+    assert (state.images, state.image_tokens) == (1, 4)
+
+
+def test_a_picture_may_end_without_a_token():
+    form = PictureForm(1, 2, before=(4,), after=())
+    written, _ = write(SamplingConfig(min_images=2, max_images=2), 100, always(May.BEGIN_IMAGE, May.END), form)
+    assert written == [4, PATCH, PATCH] * 2
+
+
+def test_places_of_elements_follow_the_picture():
+    form = PictureForm(1, 2, before=(4, 20), after=(5,))
+    state, places = AnswerState(SamplingConfig(), TOKENS, form, 100), []
+    for token in (WORD, 4, 20, PATCH, PATCH, 5, WORD):
+        state.advance(token)
+        places.append((state.last_raster, state.next_raster))
+    assert places == [(None, None), (None, None), (None, 0), (0, 1), (1, None), (None, None), (None, None)]
+
+
 def test_random_choices_always_make_a_well_formed_answer():
     for seed in range(2000):
         rng = random.Random(seed)
-        patches = rng.choice([1, 2, 4, 9])
+        cols, lines = rng.choice([1, 2, 3]), rng.random() < 0.3
+        rows, before, after = rng.choice([1, 2, 3]), rng.choice([(), (20,)]), rng.choice([(5,), (21, 5)])
+        form = PictureForm(rows, cols + lines, (4, *before), after, line_end=23 if lines else None)
         low = rng.randint(0, 3)
         config = SamplingConfig(
             min_images=low,
@@ -100,12 +125,12 @@ def test_random_choices_always_make_a_well_formed_answer():
             max_text_tokens=rng.randint(0, 30),
             first=rng.choice(["any", "image"]),
         )
-        room = room_needed(config, patches) + rng.randint(0, 40)
+        room = room_needed(config, form) + rng.randint(0, 40)
         kinds = list(May)
-        written, state = write(config, room, lambda _, rng=rng, kinds=kinds: rng.sample(kinds, len(kinds)), patches)
-        text = "".join({WORD: "w", PATCH: "p", 4: "[", 5: "]"}[token] for token in written)
+        written, state = write(config, room, lambda _, rng=rng, kinds=kinds: rng.sample(kinds, len(kinds)), form)
+        text = "".join({WORD: "w", PATCH: "p", 4: "[", 5: "]", 20: "", 21: "", 23: ""}[token] for token in written)
         blocks = [block.split("]")[0] for block in text.split("[")[1:]]
-        assert blocks == ["p" * patches] * state.images, seed
+        assert blocks == ["p" * rows * cols] * state.images, seed
         assert text.count("[") == text.count("]")
         assert config.owed_images <= state.images <= config.max_images
         assert text.count("w") == state.text_tokens <= config.max_text_tokens

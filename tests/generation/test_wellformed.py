@@ -42,13 +42,13 @@ class Rigged:
 
     def detokenize(self, ids):
         assert not set(ids) & set(self.tokens)
-        assert max(ids, default=0) < self.config.vocabulary
+        assert max(ids, default=0) < self.vocabulary
         return self._backbone.detokenize(ids)
 
-    def decode_image(self, ids):
-        assert len(ids) == self.grid[0] * self.grid[1]
-        assert min(ids) >= self.config.vocabulary
-        return self._backbone.decode_image(ids)
+    def decode_image(self, elements, options):
+        assert len(elements.ids) == self.form.patches
+        assert min(elements.ids) >= self.vocabulary
+        return self._backbone.decode_image(elements, options)
 
 
 def answers(backbone, configs, slots=8):
@@ -155,7 +155,7 @@ def test_random_tables_always_give_a_well_formed_answer(nano):
         table = torch.randn(said.shape, generator=generator) * rng.choice([0.1, 1.0, 30.0])
         for row in table:
             if rng.random() < 0.3:
-                row[rng.choice(list(nano.tokens))] += rng.choice([-100.0, 20.0, 100.0])
+                row[rng.choice([t for t in nano.tokens if t < len(row)])] += rng.choice([-100.0, 20.0, 100.0])
             if rng.random() < 0.1:
                 row[torch.rand(row.shape, generator=generator) < 0.9] = -torch.inf
             if rng.random() < 0.003:
@@ -173,6 +173,7 @@ def test_random_tables_always_give_a_well_formed_answer(nano):
             max_text_tokens=rng.randint(0, 15),
             max_tokens=rng.choice([None, rng.randint(13, 40)]),
             guidance=rng.choice([1.0, 1.0, 3.0]),
+            image_guidance=rng.choice([1.0, 1.0, 2.0]),
             seed=seed,
         )
 

@@ -68,9 +68,9 @@ def test_only_the_answer_counts(adapted, sequences):
 
 
 def test_no_targets_of_a_kind_is_no_number():
-    losses = Losses.of(torch.tensor([6.0, 0.0]), torch.tensor([3, 0]))
-    assert (losses.text, losses.image, losses.total) == (2.0, None, 2.0)
-    assert Losses.of(torch.zeros(2), torch.zeros(2, dtype=torch.int64)).total is None
+    losses = Losses.of(torch.tensor([6.0, 0.0]), torch.tensor([3, 0]), torch.tensor([1 / 3, 1 / 3]))
+    assert (losses.text, losses.image, losses.total) == (2.0, None, pytest.approx(2.0))
+    assert Losses.of(torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.ones(2)).total is None
 
 
 def test_a_batch_without_pictures_leaves_zero_gradients_not_none(adapted, sequences):

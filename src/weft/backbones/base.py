@@ -2,19 +2,22 @@
 
 A protocol, no base class. Everything else - masks, caches, guidance, losses, the interleaved loop - is generic and
 lives above (`training/`, `generation/`).
+
+A sequence is made of elements. Below `vocabulary` an id is a text token; vocabulary + k is picture code k, whatever the
+model's own numbering; `FEATURE` is an element that has no id but a vector.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from weft.document import Document, Image, Text
+from weft.document import Document, Image, Role, Turn
 from weft.errors import ContextError
 from weft.images import decode_image
-from weft.layout import ImageSpan, ModalityLayout, Span, TextSpan, TokenSequence
+from weft.layout import FEATURE, ImageSpan, ModalityLayout, Span, TextSpan, TokenSequence
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -22,22 +25,100 @@ if TYPE_CHECKING:
     from weft.adapters.routing import RoutingState
 
 Kind = Literal["discrete", "continuous", "diffusion"]
+"""Pictures are written as codes drawn from a distribution, as vectors from a regression, or at once from the context."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the structural tokens in a model's vocabulary."""
+    """Ids of the structural tokens in a model's vocabulary. Two may be the same where the model has one for both."""
 
     begin: int
     end: int
+    """Ends an answer."""
     pad: int
     separator: int
-    """Ends a turn."""
+    """Ends a turn, and an answer as well."""
     begin_image: int
     end_image: int
+    others: tuple[int, ...] = ()
+    """More ids that are never written as text: placeholders, roles, what stands inside pictures."""
 
     def __iter__(self) -> Iterator[int]:
-        return iter((self.begin, self.end, self.pad, self.separator, self.begin_image, self.end_image))
+        return iter((self.begin, self.end, self.pad, self.separator, self.begin_image, self.end_image, *self.others))
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The tokens around turns.
+
+    start (before_user parts after_user | before_assistant parts after_assistant)* ... end
+    """
+
+    start: tuple[int, ...]
+    """Begins every sequence; its first token is repeated where a long sequence is cut in pieces."""
+    user: tuple[tuple[int, ...], tuple[int, ...]]
+    """Before and after a user's turn."""
+    assistant: tuple[tuple[int, ...], tuple[int, ...]]
+    """Before and after an assistant's turn; what stands after it is learnt with it."""
+    end: tuple[int, ...]
+    """After the last turn, if it is the assistant's, instead of its usual end."""
+    system: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Before and after a system turn; None: as a user's."""
+
+    def around(self, role: Role) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if role == "system" and self.system is not None:
+            return self.system
+        return self.assistant if role == "assistant" else self.user
+
+
+@dataclass(frozen=True)
+class PictureForm:
+    """How a picture stands in a sequence: text tokens that open it, rows x cols elements, text tokens that close it."""
+
+    rows: int
+    cols: int
+    """The last column is `line_end` where that is given."""
+    before: tuple[int, ...]
+    """The first is `begin_image`, by which the model decides to write a picture; the others follow without choice."""
+    after: tuple[int, ...]
+    """They follow the last element without choice."""
+    line_end: int | None = None
+    """The id that closes every row, without choice."""
+
+    @property
+    def patches(self) -> int:
+        """P, line ends among them."""
+        return self.rows * self.cols
+
+    @property
+    def length(self) -> int:
+        return len(self.before) + self.patches + len(self.after)
+
+    def forced(self, raster: int) -> int | None:
+        """The id of element `raster` (row by row), where there is no choice."""
+        return self.line_end if self.line_end is not None and raster % self.cols == self.cols - 1 else None
+
+
+@dataclass(frozen=True)
+class Elements:
+    """A picture as a model reads or writes it."""
+
+    form: PictureForm
+    ids: Tensor
+    """(P,) int64: vocabulary + code, or a line end; `FEATURE` throughout where `features` are given."""
+    features: Tensor | None = None
+    """(P, F) float32."""
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How elements become pixels where a diffusion model does it; others ignore it. None: as the model's makers do."""
+
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    negative: Tensor | None = None
+    """(P, F) what guidance leads away from; None: what the model makes of an all-black picture."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +138,25 @@ class DecodeStep:
 
 
 class Backbone(Protocol):
-    """B batch, L positions, D model width, P patches per picture, K picture codes."""
+    """B batch, L positions, D model width, P elements of a picture, V text vocabulary, K picture codes, F features."""
 
     name: str
     kind: Kind
     tokens: SpecialTokens
-    grid: tuple[int, int]
-    """Rows and columns of a picture's patches."""
-    picture_size: tuple[int, int]
-    """(width, height) in pixels of the pictures it makes."""
+    chat: ChatFormat
+    vocabulary: int
+    """V: element ids below it are the model's text tokens, those from it on are picture codes."""
+    codes: int
+    """K; 0 where pictures are no codes."""
+    feature_width: int
+    """F of the vectors that stand for `FEATURE` elements; 0 where there are none."""
+    form: PictureForm
+    """Of the pictures it makes, unless asked for another size."""
+    widest: int
+    """Columns of the widest form it can make."""
+    guidance: tuple[float, float]
+    """The scales that its makers use for classifier-free guidance of pictures drawn as codes, away from the prompt's text
+    and away from its pictures; 1 is off."""
     context_length: int
     decoder: nn.Module
     """The stack that holds the linear layers adapters attach to."""
@@ -74,19 +165,40 @@ class Backbone(Protocol):
     fingerprint: str
     """Hash of the frozen weights: what an adapter was trained on."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs of `embed` go and hidden states come out."""
+        ...
+
     def tokenize(self, text: str) -> list[int]: ...
     def detokenize(self, ids: Sequence[int]) -> str: ...
 
-    def encode_images(self, pictures: "Sequence[PILImage.Image]") -> Tensor:
-        """Pictures of any size -> (M, P) ids of their elements."""
+    def form_of(self, size: tuple[int, int]) -> PictureForm:
+        """The form of a picture of (width, height) pixels.
+
+        Raises:
+            UsageError: this model makes no pictures of that size; names those that it makes.
+        """
         ...
 
-    def decode_image(self, ids: Tensor) -> "PILImage.Image":
-        """(P,) element ids -> picture."""
+    def encode_images(self, pictures: "Sequence[PILImage.Image]", *, generated: bool) -> list[Elements]:
+        """Pictures of any size as elements.
+
+        Args:
+            generated: as the model writes pictures; otherwise as it reads them, which may be another way.
+        """
         ...
 
-    def embed(self, ids: Tensor, layout: ModalityLayout) -> Tensor:
-        """(B, L) -> (B, L, D)."""
+    def decode_image(self, elements: Elements, options: DecodingOptions = ...) -> "PILImage.Image":
+        """Elements as the model writes them -> picture.
+
+        Raises:
+            CheckpointError: the checkpoint came without a pixel decoder; says where to get one.
+        """
+        ...
+
+    def embed(self, ids: Tensor, layout: ModalityLayout, features: Tensor | None = None) -> Tensor:
+        """(B, L) element ids and (B, L, F) the vectors of those that are `FEATURE` -> (B, L, D)."""
         ...
 
     def forward(self, embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None = None) -> Tensor:
@@ -94,64 +206,138 @@ class Backbone(Protocol):
         ...
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V); V covers every id, picture elements are -inf."""
+        """(..., D) -> (..., V); ids that are no text and no structure are -inf."""
         ...
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V); everything but picture elements is -inf."""
+        """(..., D) -> (..., K), of kind discrete."""
+        ...
+
+    def image_features(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., F) the next vector, of kind continuous."""
         ...
 
     def parameters(self) -> Any: ...
 
 
-def encode_document(backbone: Backbone, document: Document, *, answer: bool = False) -> TokenSequence:
-    """Tokens, spans and targets of a document whose pictures hold their bytes.
+def run_decoder(
+    decoder: nn.Module, routing: "RoutingState | None", embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None
+) -> Tensor:
+    """`Backbone.forward` for a stack with the interface of transformers' LLaMA-like models."""
+    if routing is not None:
+        routing.set(layout, step.rings if step else None, step.slots if step else None)
+    if step is None:
+        real = layout.is_real
+        positions = (real.cumsum(1) - 1).clamp_min(0)
+        out = decoder(inputs_embeds=embeds, attention_mask=real, position_ids=positions, use_cache=False)
+    else:
+        out = decoder(
+            inputs_embeds=embeds,
+            attention_mask=step.mask,
+            position_ids=step.positions,
+            past_key_values=step.keys_values,
+            use_cache=True,
+        )
+    return out.last_hidden_state
 
-        <s> user parts <sep> assistant parts <sep> user parts <sep> assistant parts </s>
 
-    Targets are the assistant's elements (or what `Turn.loss` says), with the token that ends the turn: `</s>` after the
-    last, `<sep>` otherwise.
+Keep = Literal["all", "pictures", "nothing"]
+"""Of a prompt: all of it; its pictures; only what begins a sequence. The last two guide pictures away from the text, and
+from text and pictures."""
+
+
+def encode_document(
+    backbone: Backbone, document: Document, *, answer: bool = False, keep: Keep = "all"
+) -> TokenSequence:
+    """Elements, spans and targets of a document whose pictures hold their bytes.
+
+    The tokens around turns are the model's `chat` format. Targets are the assistant's elements (or what `Turn.loss`
+    says), with the tokens that end the turn; what follows without choice inside a picture is not learnt.
 
     Args:
-        answer: the document is a prompt: end it with the separator after which the assistant writes.
+        answer: the document is a prompt: end it with the tokens after which the assistant writes.
+        keep: what of a prompt remains; without `all`, nothing but pictures stands between `chat.start`'s first token
+            and the answer.
 
     Raises:
         ImageError: a picture cannot be decoded.
     """
-    ids: list[int] = [backbone.tokens.begin]
-    spans: list[Span] = [TextSpan(1)]
-    target: list[bool] = [False]
+    writing = _Writing()
+    chat = backbone.chat
+    writing.text(chat.start if keep == "all" else chat.start[:1], learn=False)
+    pictures = _elements(backbone, document) if keep != "nothing" else iter(())
+    for i, turn in enumerate(document.turns):
+        learn = _is_learnt(turn)
+        before, after = chat.around(turn.role) if keep == "all" else ((), ())
+        writing.text(before, learn=False)
+        for part in turn.parts:
+            if isinstance(part, Image):
+                if keep != "nothing":
+                    writing.picture(next(pictures), backbone.vocabulary, learn)
+            elif keep == "all":
+                writing.text(backbone.tokenize(part.text), learn)
+        if i < len(document.turns) - 1 or answer:
+            writing.text(after, learn)
+        elif turn.role == "assistant":
+            writing.text(chat.end if keep == "all" else (), learn)
+    if answer and keep == "all":
+        writing.text(chat.assistant[0], learn=False)
+    return writing.sequence(document.id)
 
-    def add(new: Sequence[int], learn: bool, span: Span) -> None:
-        ids.extend(new)
-        target.extend([learn] * len(new))
-        if isinstance(span, TextSpan) and isinstance(spans[-1], TextSpan):
-            spans[-1] = TextSpan(spans[-1].length + span.length)
-        elif span.length:
-            spans.append(span)
 
-    def text(new: Sequence[int], learn: bool) -> None:
-        add(new, learn, TextSpan(len(new)))
+@dataclass
+class _Writing:
+    """A sequence being put together."""
 
+    ids: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    target: list[bool] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+
+    def text(self, new: Sequence[int], learn: bool) -> None:
+        self.ids.extend(new)
+        self.target.extend([learn] * len(new))
+        if self.spans and isinstance(self.spans[-1], TextSpan):
+            self.spans[-1] = TextSpan(self.spans[-1].length + len(new))
+        elif new:
+            self.spans.append(TextSpan(len(new)))
+
+    def picture(self, elements: Elements, vocabulary: int, learn: bool) -> None:
+        form, ids = elements.form, elements.ids.tolist()
+        self.text(form.before[:1], learn)
+        self.text(form.before[1:], learn=False)
+        self.spans.append(
+            ImageSpan(form.rows, form.cols, given=not learn, before=len(form.before), after=len(form.after))
+        )
+        self.ids.extend(ids)
+        self.target.extend(learn and (id == FEATURE or id >= vocabulary) for id in ids)
+        if elements.features is not None:
+            self.features.append(elements.features.float().cpu())
+        self.text(form.after, learn)
+
+    def sequence(self, name: str | None) -> TokenSequence:
+        features = torch.cat(self.features) if self.features else None
+        return TokenSequence(torch.tensor(self.ids), tuple(self.spans), torch.tensor(self.target), name, features)
+
+
+def _is_learnt(turn: Turn) -> bool:
+    return turn.role == "assistant" if turn.loss is None else turn.loss
+
+
+def _elements(backbone: Backbone, document: Document) -> Iterator[Elements]:
+    """The document's pictures in order, those to be learnt as the model writes them, the others as it reads them."""
     pictures = [
         decode_image(_bytes_of(image, document), where=_where(document, image, i))
         for i, image in enumerate(document.images)
     ]
-    codes = iter(backbone.encode_images(pictures).tolist() if pictures else [])
-    rows, cols = backbone.grid
-    for i, turn in enumerate(document.turns):
-        learn = turn.role == "assistant" if turn.loss is None else turn.loss
-        for part in turn.parts:
-            if isinstance(part, Text):
-                text(backbone.tokenize(part.text), learn)
-            else:
-                text([backbone.tokens.begin_image], learn)
-                add(next(codes), learn, ImageSpan(rows, cols, given=not learn))
-                text([backbone.tokens.end_image], learn)
-        last = i == len(document.turns) - 1
-        if not (last and turn.role != "assistant" and not answer):
-            text([backbone.tokens.end if last and not answer else backbone.tokens.separator], learn)
-    return TokenSequence(torch.tensor(ids), tuple(spans), torch.tensor(target), document.id)
+    learnt = [_is_learnt(turn) for turn in document.turns for part in turn.parts if isinstance(part, Image)]
+    found: dict[int, Elements] = {}
+    for generated in (False, True):
+        numbers = [i for i, learn in enumerate(learnt) if learn == generated]
+        if numbers:
+            encoded = backbone.encode_images([pictures[i] for i in numbers], generated=generated)
+            found.update(zip(numbers, encoded, strict=True))
+    return (found[i] for i in range(len(pictures)))
 
 
 def check_fits(sequence: TokenSequence, limit: int, *, reserve: int = 0) -> None:

@@ -29,7 +29,13 @@ class Sampling:
     temperature: float | None = None
     """Of text and pictures; 0 always takes the likeliest."""
     guidance: float | None = None
-    """Classifier-free guidance of pictures; 1 is off."""
+    """Classifier-free guidance of pictures, away from the prompt's text; 1 is off. Default: the model's own."""
+    image_guidance: float | None = None
+    """The same away from the prompt's pictures."""
+    size: tuple[int, int] | None = None
+    """Width and height of its pictures in pixels, for a model that makes several sizes."""
+    steps: int | None = None
+    """Of the diffusion model that makes the pixels, for a model that has one."""
     max_images: int | None = None
     """At most so many pictures."""
     min_images: int | None = None
@@ -41,6 +47,8 @@ class Sampling:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if "temperature" in given:
             given["text.temperature"] = given["image.temperature"] = given.pop("temperature")
+        if "steps" in given:
+            given["diffusion.steps"] = given.pop("steps")
         return given
 
 
@@ -80,15 +88,14 @@ def generate(
     """
     from weft.backbones import load_model
     from weft.config import load_config
-    from weft.generation import Engine, SamplingConfig, collect
+    from weft.generation import Engine, SamplingConfig, collect, slots_for
     from weft.generation.render import write_answer, write_page
 
     place = _place(out, html)
     config = load_config(SamplingConfig, overrides=sampling.overrides())
     document = _read_prompt(prompt, image)
     backbone = load_model(model, adapter)
-    # guidance takes a second slot for the prompt without its text
-    engine = Engine(backbone, slots=1 if config.guidance == 1.0 else 2)
+    engine = Engine(backbone, slots=slots_for(backbone, config))
     engine.submit(document, config)
     answer = collect(engine.run() if json_output else _shown(engine.run()))
     if html is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import LayoutError
-from weft.layout import ModalityLayout, TokenSequence, lay_out
+from weft.layout import FEATURE, ModalityLayout, TokenSequence, lay_out
 
 IGNORED = -100
 """A label where nothing is learnt."""
@@ -22,6 +22,17 @@ class Batch:
     """(B, L) int64: the element that each position is to predict, which is the next one, or `IGNORED`."""
     names: tuple[str | None, ...]
     """The documents' ids, for messages."""
+    features: Tensor | None = None
+    """(B, L, F) the vectors of the ids that are `FEATURE`, zero elsewhere; None where there are none."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(
+            self.ids.to(device),
+            self.layout.to(device),
+            self.labels.to(device),
+            self.names,
+            None if self.features is None else self.features.to(device),
+        )
 
 
 def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
@@ -44,7 +55,18 @@ def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
         n = len(sequence)
         ids[row, :n] = sequence.ids
         labels[row, : n - 1] = sequence.ids[1:].masked_fill(~sequence.is_target[1:], IGNORED)
-    return Batch(ids, layout, labels, tuple(sequence.name for sequence in sequences))
+    names = tuple(sequence.name for sequence in sequences)
+    return Batch(ids, layout, labels, names, dense_features(sequences, ids))
+
+
+def dense_features(sequences: Sequence[TokenSequence], ids: Tensor) -> Tensor | None:
+    """(B, L, F) from the rows that the sequences hold, where `ids` (B, L) are `FEATURE`; None if no sequence has any."""
+    given = [sequence.features for sequence in sequences if sequence.features is not None]
+    if not given:
+        return None
+    features = given[0].new_zeros(*ids.shape, given[0].shape[1])
+    features[ids == FEATURE] = torch.cat(given)
+    return features
 
 
 def _check(sequence: TokenSequence) -> None:
@@ -52,4 +74,10 @@ def _check(sequence: TokenSequence) -> None:
     if not ids or ids != targets or ids != spans:
         raise LayoutError(
             f"a sequence has {ids} ids, {targets} targets and spans of {spans} positions", where=sequence.name
+        )
+    vectors = 0 if sequence.features is None else len(sequence.features)
+    if vectors != (sequence.ids == FEATURE).sum():
+        raise LayoutError(
+            f"a sequence has {vectors} features for {int((sequence.ids == FEATURE).sum())} such elements",
+            where=sequence.name,
         )

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from weft.errors import ContextError
-from weft.layout import ImageSpan, Span, TextSpan, TokenSequence
+from weft.layout import FEATURE, ImageSpan, Span, TextSpan, TokenSequence
 
 OnOverflow = Literal["split", "drop", "error"]
 
@@ -14,8 +14,8 @@ OnOverflow = Literal["split", "drop", "error"]
 def split_to_fit(sequence: TokenSequence, limit: int, on_overflow: OnOverflow) -> list[TokenSequence]:
     """The sequence in pieces of at most `limit` elements; itself if it fits, none if it was dropped.
 
-    A picture stays whole, together with the token before it and the one after it, which begin and end it. Every piece
-    starts with the sequence's first token; everything else appears once, in order, with its target.
+    A picture stays whole, together with the tokens that open and close it. Every piece starts with the sequence's first
+    token; everything else appears once, in order, with its target.
 
     Raises:
         ContextError: it does not fit and `on_overflow` is `error`, or one picture alone does not fit.
@@ -58,8 +58,8 @@ def _cuts(sequence: TokenSequence) -> list[int]:
     at = 0
     for span in sequence.spans:
         if isinstance(span, ImageSpan):
-            # before a patch, and before the token that ends the picture
-            may_cut[at : at + span.length + 1] = False
+            # after the first of the tokens that open the picture, up to the last of those that close it
+            may_cut[at - span.before + 1 : at + span.length + span.after] = False
         at += span.length
     may_cut[:2] = False  # the first token is repeated, never a piece of its own
     may_cut[-1] = True
@@ -83,4 +83,9 @@ def _piece(sequence: TokenSequence, start: int, end: int) -> TokenSequence:
             elif length:
                 spans.append(TextSpan(length))
         at += span.length
-    return TokenSequence(sequence.ids[keep], tuple(spans), sequence.is_target[keep], sequence.name)
+    features = sequence.features
+    if features is not None:
+        is_feature = sequence.ids == FEATURE
+        first, count = int(is_feature[:start].sum()), int(is_feature[start:end].sum())
+        features = features[first : first + count] if count else None
+    return TokenSequence(sequence.ids[keep], tuple(spans), sequence.is_target[keep], sequence.name, features)

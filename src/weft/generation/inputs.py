@@ -1,9 +1,7 @@
 """What the rows of one decoding step read and predict, from numbers to tensors.
 
-    reads     t8    t9    [IMG] p0   p1  ... p(P-1)  [/IMG]
-    predicts  t9    [IMG] p0    p1   p2  ... [/IMG]  t10
-
-A row in a picture is described by the raster index of the patch it predicts, P at the last patch.
+reads     t8    t9    [IMG] p0   p1  ... p(P-1)  [/IMG]
+predicts  t9    [IMG] p0    p1   p2  ... [/IMG]  t10
 """
 
 from collections.abc import Sequence
@@ -43,20 +41,15 @@ class Input:
         return self.reads.modality != Modality.NONE
 
 
-def text_input(token: int, position: int) -> Input:
-    """A text token, or the one that closes a picture."""
-    return Input(token, position, TEXT, TEXT)
+def element_input(
+    token: int, position: int, image: int, last_raster: int | None, next_raster: int | None, cols: int
+) -> Input:
+    """An element that is patch `last_raster` of picture number `image` and predicts patch `next_raster`; None: text."""
 
+    def at(raster: int | None) -> Element:
+        return TEXT if raster is None else Element(Modality.IMAGE, image, raster // cols, raster % cols)
 
-def image_input(token: int, position: int, image: int, raster: int, grid: tuple[int, int]) -> Input:
-    """The token that opens picture number `image` (raster 0), or its patch raster - 1."""
-    rows, cols = grid
-
-    def patch(place: int) -> Element:
-        return Element(Modality.IMAGE, image, place // cols, place % cols)
-
-    reads = patch(raster - 1) if raster else TEXT
-    return Input(token, position, reads, patch(raster) if raster < rows * cols else TEXT)
+    return Input(token, position, at(last_raster), at(next_raster))
 
 
 def to_tensors(inputs: Sequence[Input], grids: Tensor) -> tuple[Tensor, Tensor, ModalityLayout]:

@@ -1,15 +1,25 @@
 """One answer being written: its places in the cache, what it reads next, and how its next element is drawn."""
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from weft.backbones.base import PictureForm
 from weft.generation.events import Usage
-from weft.generation.inputs import Input, image_input, text_input
+from weft.generation.inputs import Input, element_input
 from weft.generation.sampling import Choice, SamplingConfig
 from weft.generation.state import AnswerState, May
 from weft.generation.text import TextStream
 from weft.layout import TokenSequence
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance of pictures, away from the prompt's text and away from its pictures; 1 is off."""
+
+    text: float
+    images: float
 
 
 @dataclass(frozen=True)
@@ -17,12 +27,15 @@ class Request:
     id: int
     config: SamplingConfig
     prompt: TokenSequence
-    unconditional: TokenSequence | None
-    """The prompt without its text, if pictures are guided."""
+    form: PictureForm
+    """Of the answer's pictures."""
+    guidance: Guidance
+    shadows: tuple[TokenSequence, ...] = ()
+    """What guidance leads away from: the prompt without its text; and without its pictures, if these are guided too."""
 
     @property
     def slots(self) -> int:
-        return 1 if self.unconditional is None else 2
+        return 1 + len(self.shadows)
 
 
 @dataclass
@@ -38,38 +51,56 @@ class Place:
 class Row:
     request: Request
     place: Place
-    shadow: Place | None
-    """The unconditional sequence, which reads the answer's pictures and sleeps in between."""
+    shadows: list[Place]
+    """The sequences that guidance leads away from; they read the answer's pictures and sleep in between."""
     state: AnswerState
     text: TextStream
     generator: torch.Generator
     token: int
     """The element read next."""
     prompt_images: int
-    patches: list[int] = field(default_factory=list)
+    elements: list[int] = field(default_factory=list)
     """Of the picture being written, so far."""
+    vectors: list[Tensor] = field(default_factory=list)
+    """(F,) each, of those elements that are vectors."""
+
+    @property
+    def places(self) -> list[Place]:
+        return [self.place, *self.shadows]
 
     @property
     def slots(self) -> list[int]:
-        return [self.place.slot] if self.shadow is None else [self.place.slot, self.shadow.slot]
+        return [place.slot for place in self.places]
 
     @property
     def usage(self) -> Usage:
         return Usage(len(self.request.prompt), self.state.text_tokens, self.state.image_tokens)
 
-    def input(self, grid: tuple[int, int]) -> Input:
-        """What the row reads next."""
-        if self.state.raster is None:
-            return text_input(self.token, self.place.position)
-        image = self.prompt_images + self.state.images - 1
-        return image_input(self.token, self.place.position, image, self.state.raster, grid)
+    @property
+    def image(self) -> int:
+        """Number, in the sequence, of the picture that was begun last."""
+        return self.prompt_images + self.state.images - 1
 
-    def shadow_input(self, shadow: Place, grid: tuple[int, int], pad: int, end_image: int) -> Input:
-        """What the shadow reads at the same time: an element of a picture, or nothing."""
-        if self.state.raster is not None or self.token == end_image:
-            return replace(self.input(grid), position=shadow.position)
+    def input(self) -> Input:
+        """What the row reads next."""
+        state = self.state
+        return element_input(
+            self.token, self.place.position, self.image, state.last_raster, state.next_raster, self.request.form.cols
+        )
+
+    def shadow_input(self, shadow: Place, pad: int) -> Input:
+        """What a shadow reads at the same time: an element of a picture, or nothing."""
+        if self.state.inside is not None:
+            return replace(self.input(), position=shadow.position)
         # nothing is written where the next element will be, never over what is there
         return Input(pad, shadow.position)
+
+    def begin_image(self) -> None:
+        """Picture by picture, the last shadow knows nothing of what was written before."""
+        self.elements.clear()
+        self.vectors.clear()
+        if len(self.shadows) == 2:
+            self.shadows[1].position = len(self.request.shadows[1])
 
     @property
     def choice(self) -> Choice:
@@ -77,9 +108,9 @@ class Row:
         return self.request.config.image if self.state.may() == May.PATCH else self.request.config.text
 
     @property
-    def guidance(self) -> float:
-        """Of the next element."""
-        return self.request.config.guidance if self.shadow is not None and self.state.may() == May.PATCH else 1.0
+    def is_guided(self) -> bool:
+        """The next element is."""
+        return bool(self.shadows) and self.state.may() == May.PATCH
 
     def uniform(self) -> float:
         """The number that draws the next element; the generator is used only where one is drawn."""

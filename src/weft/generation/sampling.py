@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weft.config import Config
 
-INVALID = -1
+INVALID = -2
 """The id of a row whose logits allow no choice."""
 
 
@@ -32,6 +32,14 @@ class Choice(Config):
 GREEDY = Choice()
 
 
+class DiffusionConfig(Config):
+    """How vectors become pixels. None: as the model's makers do it."""
+
+    steps: PositiveInt | None = None
+    guidance: NonNegativeFloat | None = None
+    """Away from a picture that was written without a prompt; 1 is off."""
+
+
 class SamplingConfig(Config):
     """What a request asks of its answer."""
 
@@ -41,8 +49,15 @@ class SamplingConfig(Config):
     """For the patches of pictures."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same seed gives the same answer, whatever else is being answered."""
-    guidance: NonNegativeFloat = 1.0
-    """Classifier-free guidance of pictures: 0 ignores the prompt's text, 1 is off, more exaggerates it."""
+    guidance: NonNegativeFloat | None = None
+    """Classifier-free guidance of pictures: 0 ignores the prompt's text, 1 is off, more exaggerates it. None: as much
+    as the model's makers use."""
+    image_guidance: NonNegativeFloat | None = None
+    """The same away from the prompt's pictures, for a model whose pictures are codes."""
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    """(width, height) of its pictures in pixels. None: what the model makes by default."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Where pixels are made by a diffusion model."""
     first: Literal["any", "image"] = "any"
     """`image`: the answer begins with a picture."""
     min_images: NonNegativeInt = 0
@@ -88,11 +103,20 @@ class Draws:
         )
 
 
-def guide(logits: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
-    """Classifier-free guidance: unconditional + scale (logits - unconditional), where scale (B,) is not 1."""
-    guided = unconditional + scale[:, None] * (logits - unconditional)
+def guide(logits: Tensor, without_text: Tensor, without_all: Tensor, text: Tensor, images: Tensor) -> Tensor:
+    """Classifier-free guidance, all (B, K), the scales `text` and `images` (B,):
+
+        without_all + images (without_text - without_all) + text (logits - without_text)
+
+    as in Chameleon's released inference. A scale of 1 leaves its pair out, exactly.
+    """
+    both = torch.where(
+        (images == 1)[:, None], without_text, without_all + images[:, None] * (without_text - without_all)
+    )
+    guided = both + text[:, None] * (logits - without_text)
     # -inf - -inf is no number: what a head excludes stays excluded
-    return torch.where((scale[:, None] == 1) | (logits == -torch.inf), logits, guided)
+    is_off = (text == 1) & (images == 1)
+    return torch.where(is_off[:, None] | (logits == -torch.inf), logits, guided)
 
 
 def choose(logits: Tensor, draws: Draws) -> Tensor:

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from weft.adapters import AdapterConfig
 from weft.config import Config
+from weft.training.objective import LossConfig
 
 
 class DataConfig(Config):
@@ -61,8 +62,8 @@ class SamplesConfig(Config):
     max_text_tokens: NonNegativeInt = 512
     temperature: NonNegativeFloat = 0.0
     """Of text and pictures; 0 always takes the likeliest."""
-    guidance: NonNegativeFloat = 1.0
-    """Classifier-free guidance of pictures; 1 is off."""
+    guidance: NonNegativeFloat | None = None
+    """Classifier-free guidance of pictures; 1 is off. None: as much as the model's makers use."""
 
 
 class TrainConfig(Config):
@@ -72,6 +73,7 @@ class TrainConfig(Config):
     model: str = "tiny"
     """A name, or the folder of a model."""
     adapter: AdapterConfig = AdapterConfig()
+    loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     sampling: SamplesConfig = SamplesConfig()

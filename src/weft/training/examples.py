@@ -10,7 +10,8 @@ from weft.layout import TokenSequence
 log = logging.getLogger(__name__)
 
 KEPT_POSITIONS = 50_000_000
-"""Positions kept in memory, about 10 bytes each; documents beyond them are encoded again each time."""
+"""Positions kept in memory, about 10 bytes each, the vectors of pictures beside them; documents beyond them are encoded
+again each time."""
 
 
 class Examples:
@@ -31,7 +32,8 @@ class Examples:
         found = self._kept.get(number)
         if found is None:
             found = self._encode(number)
-            size = sum(len(part) for part in found)
+            vectors = (0 if part.features is None else part.features.numel() * 4 // 10 for part in found)
+            size = sum(map(len, found)) + sum(vectors)
             if size <= self._room:
                 self._kept[number] = found
                 self._room -= size

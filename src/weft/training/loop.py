@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def build(config: TrainConfig) -> Training:
     optimizer = torch.optim.AdamW(
         adapter_parameters(backbone).values(), lr=config.optim.learning_rate, weight_decay=0.0
     )
-    objective, optimizer = accelerator.prepare(Objective(backbone, precision), optimizer)
+    objective, optimizer = accelerator.prepare(Objective(backbone, precision, config.loss), optimizer)
     examples = Examples(dataset, backbone, context)
     return Training(config, backbone, dataset, examples, training, validation, objective, optimizer, accelerator)
 
@@ -166,7 +166,7 @@ def steps(training: Training) -> Iterator[StepReport]:
             step=step,
             steps=config.schedule.steps,
             epoch=step * config.optim.batch / len(training.training),
-            losses=losses or Losses(None, None, 0, 0),
+            losses=losses or Losses(None, None, 0, 0, None),
             learning_rate=rate,
             gradient_norm=norm,
             skipped=skipped,
@@ -208,8 +208,9 @@ def _step(
         )
     training.backbone.decoder.train()
     sums = torch.zeros(2, device=accelerator.device)
+    weights = accelerator.unwrap_model(training.objective).weights(counts)
     # gradients are averaged over processes and wanted as a sum
-    scale = accelerator.num_processes / counts.sum()
+    scale = accelerator.num_processes * weights
     device = accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         # dropout is a function of the step, and the caller's random numbers are left alone
@@ -228,7 +229,7 @@ def _step(
             group["lr"] = rate
         optimizer.step()
     optimizer.zero_grad()
-    return (Losses.of(sums, counts) if is_finite else None), norm
+    return (Losses.of(sums, counts, weights) if is_finite else None), norm
 
 
 def _backward(training: Training, losses: Tensor) -> None:
@@ -244,8 +245,7 @@ def _batches(training: Training, sequences: Sequence[TokenSequence]) -> Iterator
     size = training.config.optim.micro_batch or training.config.optim.batch
     for start in range(0, len(sequences), size):
         batch = collate(sequences[start : start + size], training.backbone.tokens.pad)
-        device = training.accelerator.device
-        yield replace(batch, ids=batch.ids.to(device), layout=batch.layout.to(device), labels=batch.labels.to(device))
+        yield batch.to(training.accelerator.device)
 
 
 def _losses_json(losses: Losses) -> dict[str, Any]:

@@ -14,10 +14,20 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from weft.backbones.base import DecodeStep, Kind, SpecialTokens
+from weft.backbones.base import (
+    ChatFormat,
+    DecodeStep,
+    DecodingOptions,
+    Elements,
+    Kind,
+    PictureForm,
+    SpecialTokens,
+    run_decoder,
+)  # fmt: skip
 from weft.codecs.vq import VQCodec, VQConfig
-from weft.errors import CheckpointError
+from weft.errors import CheckpointError, UsageError
 from weft.layout import ModalityLayout
 
 if TYPE_CHECKING:
@@ -56,12 +66,15 @@ class TinyBackbone(nn.Module):
         tokenizer.encode_special_tokens = True
         pad, begin, end, separator, begin_image, end_image = map(_id_in(tokenizer), SPECIAL)
         self.tokens = SpecialTokens(begin, end, pad, separator, begin_image, end_image)
-        self.grid = config.codec.grid
-        self.picture_size = (config.codec.side, config.codec.side)
+        self.chat = ChatFormat((begin,), user=((), (separator,)), assistant=((), (separator,)), end=(end,))
+        self.vocabulary, self.codes, self.feature_width = config.vocabulary, config.codec.codes, 0
+        rows, cols = config.codec.grid
+        self.form = PictureForm(rows, cols, before=(begin_image,), after=(end_image,))
+        self.widest, self.guidance = cols, (1.0, 1.0)
         self.context_length = config.context_length
         self.routing: RoutingState | None = None
         self.fingerprint = ""
-        total, patches = config.vocabulary + config.codec.codes, self.grid[0] * self.grid[1]
+        total, patches = config.vocabulary + config.codec.codes, self.form.patches
         stack = ChameleonConfig(
             vocab_size=1,  # the stack's own table is dropped: `embed` is ours
             hidden_size=config.width,
@@ -89,6 +102,10 @@ class TinyBackbone(nn.Module):
         for module in (self.table, self.place_in, self.place_out, self.head):
             nn.init.normal_(module.weight, std=0.02)
 
+    @property
+    def device(self) -> torch.device:
+        return self.table.weight.device
+
     # --- text and pictures ------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str) -> list[int]:
@@ -98,54 +115,46 @@ class TinyBackbone(nn.Module):
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode([i for i in ids if i < self.config.vocabulary], skip_special_tokens=True)[1:]
 
-    @torch.no_grad()
-    def encode_images(self, pictures: "Sequence[PILImage.Image]") -> Tensor:
-        pixels = torch.stack([_to_tensor(picture, self.config.codec.side) for picture in pictures])
-        return self.codec.encode(pixels.to(self.table.weight.device)) + self.config.vocabulary
+    def form_of(self, size: tuple[int, int]) -> PictureForm:
+        side = self.config.codec.side
+        if size != (side, side):
+            raise UsageError(f"{self.name} makes pictures of {side} x {side} pixels, not {size[0]} x {size[1]}")
+        return self.form
 
     @torch.no_grad()
-    def decode_image(self, ids: Tensor) -> "PILImage.Image":
+    def encode_images(self, pictures: "Sequence[PILImage.Image]", *, generated: bool) -> list[Elements]:
+        pixels = torch.stack([_to_tensor(picture, self.config.codec.side) for picture in pictures])
+        codes = self.codec.encode(pixels.to(self.device))
+        return [Elements(self.form, self.vocabulary + of_one) for of_one in codes]
+
+    @torch.no_grad()
+    def decode_image(self, elements: Elements, options: DecodingOptions = DecodingOptions()) -> "PILImage.Image":
         from PIL import Image as PILImage
 
-        pixels = self.codec.decode(ids[None] - self.config.vocabulary)[0]
+        pixels = self.codec.decode(elements.ids[None].to(self.device) - self.vocabulary)[0]
         values = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return PILImage.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
     # --- the stack and its heads ------------------------------------------------------------------------------------
 
-    def embed(self, ids: Tensor, layout: ModalityLayout) -> Tensor:
+    def embed(self, ids: Tensor, layout: ModalityLayout, features: Tensor | None = None) -> Tensor:
         embeds = self.table(ids)
         for plane, table in ((layout.inputs, self.place_in), (layout.outputs, self.place_out)):
-            place = plane.row * self.grid[1] + plane.col
+            place = plane.row * self.form.cols + plane.col
             embeds = embeds + table(place.clamp_min(0)) * (place >= 0).unsqueeze(-1)
         return embeds
 
     def forward(self, embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None = None) -> Tensor:
-        if self.routing is not None:
-            self.routing.set(layout, step.rings if step else None, step.slots if step else None)
-        if step is None:
-            real = layout.is_real
-            positions = (real.cumsum(1) - 1).clamp_min(0)
-            out = self.decoder(inputs_embeds=embeds, attention_mask=real, position_ids=positions, use_cache=False)
-        else:
-            out = self.decoder(
-                inputs_embeds=embeds,
-                attention_mask=step.mask,
-                position_ids=step.positions,
-                past_key_values=step.keys_values,
-                use_cache=True,
-            )
-        return out.last_hidden_state
+        return run_decoder(self.decoder, self.routing, embeds, layout, step)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden)
-        logits[..., self.config.vocabulary :] = -torch.inf
-        return logits
+        return F.linear(hidden, self.head.weight[: self.vocabulary])
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden)
-        logits[..., : self.config.vocabulary] = -torch.inf
-        return logits
+        return F.linear(hidden, self.head.weight[self.vocabulary :])
+
+    def image_features(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError("pictures are codes")
 
 
 def _id_in(tokenizer: "Tokenizer") -> Callable[[str], int]:
