@@ -28,13 +28,19 @@ LEVELS = {
 """Folder or file directly under src/weft -> level."""
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "tokenizers", "matplotlib", "pyarrow", "numpy", "PIL"}
-DISTRIBUTIONS = {"PIL": "pillow", "bs4": "beautifulsoup4", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "bs4": "beautifulsoup4",
+    "huggingface_hub": "huggingface-hub",
+    "markdown_it": "markdown-it-py",
+    "yaml": "pyyaml",
+}
 """What is imported under another name than it is installed by."""
-UNNAMED = {"lxml"}
-"""Used by others on our behalf: Beautiful Soup parses with it."""
+UNNAMED = {"lxml", "protobuf", "sentencepiece"}
+"""Used by others on our behalf: Beautiful Soup parses, transformers converts tokenizers."""
 UNSAFE_MODULES = {"pickle", "dill", "shelve", "marshal", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "eval", "exec"}
-SAFE_LOADERS = {"yaml.SafeLoader", "yaml.BaseLoader"}
+SAFE_ARGUMENTS = {("Loader", "yaml.SafeLoader"), ("Loader", "yaml.BaseLoader"), ("weights_only", "True")}
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ def forbidden(modules: dict[str, Module]) -> Iterator[str]:
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                if any(k.arg == "Loader" and ast.unparse(k.value) in SAFE_LOADERS for k in node.keywords):
+                if any((k.arg, ast.unparse(k.value)) in SAFE_ARGUMENTS for k in node.keywords):
                     continue
                 if called in UNSAFE_CALLS or (called == "print" and module.unit != "cli"):
                     yield f"{module.name}:{node.lineno}: {called}()"
@@ -196,7 +202,8 @@ def test_the_house_is_in_order(check, modules):
 
 def test_what_is_imported_is_declared_and_pinned_and_the_other_way_round(modules):
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
-    declared = {re.match(r"[\w.-]+", line)[0] for line in project["dependencies"]}
+    extras = (lines for name, lines in project["optional-dependencies"].items() if name != "dev")
+    declared = {re.match(r"[\w.-]+", line)[0] for lines in (project["dependencies"], *extras) for line in lines}
     named = {each.target.split(".")[0] for module in modules.values() for each in module.imports}
     imported = {DISTRIBUTIONS.get(name, name) for name in named - {"weft", "__future__"} - sys.stdlib_module_names}
     assert imported | UNNAMED == declared
@@ -227,6 +234,7 @@ BROKEN = {
     ),
     "pickle": (forbidden, {"data/a.py": "def f():\n    from pickle import loads"}),
     "torch.load": (forbidden, {"data/a.py": "torch.load('x')"}),
+    "torch.load of more than weights": (forbidden, {"data/a.py": "torch.load('x', weights_only=flag)"}),
     "yaml.load": (forbidden, {"data/a.py": "yaml.load('x')"}),
     "yaml.load with any loader": (forbidden, {"data/a.py": "yaml.load('x', Loader=yaml.FullLoader)"}),
     "eval": (forbidden, {"data/a.py": "eval('x')"}),
@@ -236,7 +244,7 @@ BROKEN = {
 }
 
 FINE = {
-    "data/a.py": "from weft.data import b\nmodel.eval()\nyaml.load('x', Loader=yaml.BaseLoader)",
+    "data/a.py": "from weft.data import b\nmodel.eval()\ntorch.load('x', weights_only=True)\nyaml.load('x', Loader=yaml.BaseLoader)",
     "data/b.py": "def f():\n    import torch",
     "document.py": "if TYPE_CHECKING:\n    import torch",
     "cli/__init__.py": "from weft import __version__\nfrom weft.data.a import x\nprint('x')\nf(allow_pickle=False)",
