@@ -244,7 +244,8 @@ BROKEN = {
 }
 
 FINE = {
-    "data/a.py": "from weft.data import b\nmodel.eval()\ntorch.load('x', weights_only=True)\nyaml.load('x', Loader=yaml.BaseLoader)",
+    "data/a.py": "from weft.data import b\nmodel.eval()\nyaml.load('x', Loader=yaml.BaseLoader)",
+    "data/c.py": "torch.load('x', weights_only=True)",
     "data/b.py": "def f():\n    import torch",
     "document.py": "if TYPE_CHECKING:\n    import torch",
     "cli/__init__.py": "from weft import __version__\nfrom weft.data.a import x\nprint('x')\nf(allow_pickle=False)",

@@ -295,3 +295,11 @@ class TokenSequence:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def dense_features(self) -> Tensor | None:
+        """(L, F), zero where an element is no vector; None where none is."""
+        if self.features is None:
+            return None
+        dense = self.features.new_zeros(len(self), self.features.shape[1])
+        dense[self.ids == FEATURE] = self.features
+        return dense

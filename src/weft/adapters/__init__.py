@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterConfig", "Branch", "MossConfig", "MossModel", "RingCache", "RoutingState", "adapter_parameters", "attach",
-    "detach", "load_adapter", "routing_of", "save_adapter",
+    "detach", "load_adapter", "recompute_layers", "routing_of", "save_adapter",
 ]  # fmt: skip
 
 register()
@@ -73,6 +73,15 @@ def attach(backbone: Adaptable, config: AdapterConfig, *, seed: int = 0) -> Peft
     # PEFT takes the name from the decoder, which has none
     model.peft_config["default"].base_model_name_or_path = backbone.name
     return _install(backbone, model)
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Compute the activations of an adapted decoder stack's layers again in the backward pass, to save memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # transformers 5.23 gives the method a new name, PEFT has the old
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def detach(backbone: Adaptable) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from weft.adapters.routing import RoutingState
 
 Kind = Literal["discrete", "continuous", "diffusion"]
-"""Pictures are written as codes drawn from a distribution, as vectors from a regression, or at once from the context."""
+"""Pictures are written as codes from a distribution, as vectors from a regression, or at once from the context."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class ChatFormat:
     """After the last turn, if it is the assistant's, instead of its usual end."""
     system: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     """Before and after a system turn; None: as a user's."""
+    blank: int | None = None
+    """What stands in place of each token of text in a prompt that pictures are guided away from; None: nothing."""
 
     def around(self, role: Role) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if role == "system" and self.system is not None:
@@ -155,8 +157,8 @@ class Backbone(Protocol):
     widest: int
     """Columns of the widest form it can make."""
     guidance: tuple[float, float]
-    """The scales that its makers use for classifier-free guidance of pictures drawn as codes, away from the prompt's text
-    and away from its pictures; 1 is off."""
+    """The scales that its makers use for classifier-free guidance of pictures drawn as codes, away from the prompt's
+    text and away from its pictures; 1 is off."""
     context_length: int
     decoder: nn.Module
     """The stack that holds the linear layers adapters attach to."""
@@ -242,8 +244,8 @@ def run_decoder(
 
 
 Keep = Literal["all", "pictures", "nothing"]
-"""Of a prompt: all of it; its pictures; only what begins a sequence. The last two guide pictures away from the text, and
-from text and pictures."""
+"""Of a prompt: all of it; its pictures; only what begins a sequence. Pictures are guided away from the last two, that is
+from the text, or from text and pictures."""
 
 
 def encode_document(
@@ -256,32 +258,38 @@ def encode_document(
 
     Args:
         answer: the document is a prompt: end it with the tokens after which the assistant writes.
-        keep: what of a prompt remains; without `all`, nothing but pictures stands between `chat.start`'s first token
-            and the answer.
+        keep: what of a prompt remains; without `all`, nothing but pictures, and `chat.blank` for each token of text,
+            stands between `chat.start`'s first token and the answer.
 
     Raises:
         ImageError: a picture cannot be decoded.
     """
-    writing = _Writing()
-    chat = backbone.chat
-    writing.text(chat.start if keep == "all" else chat.start[:1], learn=False)
+    writing, chat = _Writing(), backbone.chat
+
+    def text(ids: Sequence[int], learn: bool = False) -> None:
+        if keep != "all":
+            ids = [] if chat.blank is None else [chat.blank] * len(ids)
+        writing.text(ids, learn)
+
+    writing.text(chat.start[:1], learn=False)
+    text(chat.start[1:])
     pictures = _elements(backbone, document) if keep != "nothing" else iter(())
     for i, turn in enumerate(document.turns):
         learn = _is_learnt(turn)
-        before, after = chat.around(turn.role) if keep == "all" else ((), ())
-        writing.text(before, learn=False)
+        before, after = chat.around(turn.role)
+        text(before)
         for part in turn.parts:
             if isinstance(part, Image):
                 if keep != "nothing":
                     writing.picture(next(pictures), backbone.vocabulary, learn)
-            elif keep == "all":
-                writing.text(backbone.tokenize(part.text), learn)
+            else:
+                text(backbone.tokenize(part.text), learn)
         if i < len(document.turns) - 1 or answer:
-            writing.text(after, learn)
+            text(after, learn)
         elif turn.role == "assistant":
-            writing.text(chat.end if keep == "all" else (), learn)
-    if answer and keep == "all":
-        writing.text(chat.assistant[0], learn=False)
+            text(chat.end, learn)
+    if answer:
+        text(chat.assistant[0])
     return writing.sequence(document.id)
 
 

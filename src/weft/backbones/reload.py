@@ -82,8 +82,7 @@ def verify_adapter(folder: Path, model: str | None = None, trained: Backbone | N
             where=str(folder),
             fix="train it",
         )
-    device = str(cast(nn.Parameter, next(iter(here.parameters()))).device)
-    there, hashes = _in_fresh_process(name, folder, device)
+    there, hashes = _in_fresh_process(name, folder, str(here.device))
     for key, value in _hashes(here).items():
         if hashes.get(key) != value:
             raise AdapterError(f"tensor {key} reads back changed", where=str(folder), fix="save the adapter again")
@@ -162,16 +161,18 @@ def _png(picture: PILImage.Image) -> bytes:
 
 @torch.no_grad()
 def logits(backbone: Backbone, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
-    """(L, V) of either head for each sequence, each alone, on the CPU."""
+    """What either head says of each sequence, (L, V) and (L, K) or (L, F), each alone, on the CPU."""
     found = {}
     stack = backbone.decoder
     training = stack.training
     stack.eval()
-    device = cast(nn.Parameter, next(iter(backbone.parameters()))).device
+    device = backbone.device
+    of_pictures = backbone.image_logits if backbone.kind == "discrete" else backbone.image_features
     for number, sequence in enumerate(sequences):
-        layout = lay_out([sequence.spans]).to(device)
-        hidden = backbone.forward(backbone.embed(sequence.ids[None].to(device), layout), layout)
-        for head, of in (("text", backbone.text_logits), ("image", backbone.image_logits)):
+        layout, features = lay_out([sequence.spans]).to(device), sequence.dense_features()
+        features = None if features is None else features[None].to(device)
+        hidden = backbone.forward(backbone.embed(sequence.ids[None].to(device), layout, features), layout)
+        for head, of in (("text", backbone.text_logits), ("image", of_pictures)):
             found[f"{number}.{head}"] = of(hidden)[0].float().cpu()
     stack.train(training)
     return found

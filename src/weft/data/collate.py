@@ -56,16 +56,18 @@ def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
         ids[row, :n] = sequence.ids
         labels[row, : n - 1] = sequence.ids[1:].masked_fill(~sequence.is_target[1:], IGNORED)
     names = tuple(sequence.name for sequence in sequences)
-    return Batch(ids, layout, labels, names, dense_features(sequences, ids))
+    return Batch(ids, layout, labels, names, _features(sequences, layout.shape))
 
 
-def dense_features(sequences: Sequence[TokenSequence], ids: Tensor) -> Tensor | None:
-    """(B, L, F) from the rows that the sequences hold, where `ids` (B, L) are `FEATURE`; None if no sequence has any."""
-    given = [sequence.features for sequence in sequences if sequence.features is not None]
-    if not given:
+def _features(sequences: Sequence[TokenSequence], shape: tuple[int, int]) -> Tensor | None:
+    dense = [sequence.dense_features() for sequence in sequences]
+    width = next((rows.shape[1] for rows in dense if rows is not None), None)
+    if width is None:
         return None
-    features = given[0].new_zeros(*ids.shape, given[0].shape[1])
-    features[ids == FEATURE] = torch.cat(given)
+    features = torch.zeros(*shape, width)
+    for row, rows in enumerate(dense):
+        if rows is not None:
+            features[row, : len(rows)] = rows
     return features
 
 

@@ -31,7 +31,6 @@ from weft.backbones.base import (
     check_fits,
     encode_document,
 )  # fmt: skip
-from weft.data.collate import dense_features
 from weft.document import Document
 from weft.errors import ConfigError, DocumentError, UsageError
 from weft.generation.cache import SlotCache
@@ -198,9 +197,9 @@ class Engine:
         layout = lay_out([sequence.spans])[:count].to(self._device)
         positions = torch.arange(count, device=self._device)[None]
         step = self._cache.step(positions, reach=count, slots=[slot])
-        ids, features = sequence.ids[None], dense_features([sequence], sequence.ids[None])
-        features = None if features is None else features[:, :count].to(self._device)
-        embeds = self._backbone.embed(ids[:, :count].to(self._device), layout, features)
+        ids, features = sequence.ids[None, :count].to(self._device), sequence.dense_features()
+        features = None if features is None else features[None, :count].to(self._device)
+        embeds = self._backbone.embed(ids, layout, features)
         self._backbone.forward(embeds, layout, step)
 
     def _decode(self) -> list[Event]:

@@ -100,7 +100,7 @@ class AnswerState:
         return self._form.after[self.inside - len(before) - patches] if raster is None else self._form.forced(raster)
 
     def advance(self, token: int) -> May:
-        """Take the next element, which must be one that `may` allows; returns its kind, END where the answer is over."""
+        """Take the next element, one that `may` allows; returns its kind, END where the answer is over."""
         if self._is_open():
             assert self.inside is not None
             kind = self.may()

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from weft.adapters import AdapterConfig
+from weft.backbones.loading import LoadConfig
 from weft.config import Config
 from weft.training.objective import LossConfig
 
@@ -71,7 +72,8 @@ class TrainConfig(Config):
 
     data: DataConfig
     model: str = "tiny"
-    """A name, or the folder of a model."""
+    """A name, the folder of a model, or owner/name of a repository on the hub."""
+    load: LoadConfig = LoadConfig()
     adapter: AdapterConfig = AdapterConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -83,7 +85,10 @@ class TrainConfig(Config):
     threads: PositiveInt | None = None
     """Threads of the arithmetic on a CPU. None: as the process has them."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the products; weights and optimizer stay in fp32."""
+    """Of the products; adapters and optimizer stay in fp32, the frozen weights are as `load.dtype` says."""
+    checkpointing: bool = False
+    """Activations of a decoder layer are computed again in the backward pass: a third more time, a fraction of the
+    memory."""
     save_every: PositiveInt = 50
     """Steps between checkpoints, of which the last two are kept."""
     validate_every: PositiveInt = 50

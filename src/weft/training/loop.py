@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from weft.adapters import adapter_parameters, attach
+from weft.adapters import adapter_parameters, attach, recompute_layers
 from weft.adapters.gradients import backward_by_modality
 from weft.backbones import load_backbone
 from weft.backbones.base import Backbone
@@ -120,14 +120,21 @@ def build(config: TrainConfig) -> Training:
             where=str(config.data.path),
             fix="lower data.validation, or build more data",
         )
-    backbone = load_backbone(config.model)
+    backbone = load_backbone(config.model, config.load, device=str(accelerator.device))
     attach(backbone, config.adapter, seed=config.seed)
+    if config.checkpointing:
+        recompute_layers(backbone.decoder)
     context = min(config.data.context or backbone.context_length, backbone.context_length)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     optimizer = torch.optim.AdamW(
         adapter_parameters(backbone).values(), lr=config.optim.learning_rate, weight_decay=0.0
     )
-    objective, optimizer = accelerator.prepare(Objective(backbone, precision, config.loss), optimizer)
+    # what is spread over devices or quantised stays where its loader put it
+    is_placed = config.load.device_map is not None or config.load.quantize is not None
+    objective = accelerator.prepare(
+        Objective(backbone, precision, config.loss), device_placement=[False] if is_placed else None
+    )
+    optimizer = accelerator.prepare(optimizer)
     examples = Examples(dataset, backbone, context)
     return Training(config, backbone, dataset, examples, training, validation, objective, optimizer, accelerator)
 
