@@ -120,7 +120,7 @@ class DecodingOptions:
     steps: int | None = None
     guidance: float | None = None
     negative: Tensor | None = None
-    """(P, F) what guidance leads away from; None: what the model makes of an all-black picture."""
+    """(P, F) what guidance leads away from; None: the model's features of a picture that is zero once normalised."""
 
 
 @dataclass(frozen=True)

@@ -406,13 +406,7 @@ def open_folder(folder: Path) -> Checkpoint:
         CheckpointError: as `Checkpoint.open`.
     """
     encoder = folder / "multimodal_encoder"
-    return _open(encoder if encoder.is_dir() else folder)
-
-
-def _open(folder: Path) -> Checkpoint:
-    files = [path.name for path in folder.glob("*.safetensors")]
-    narrow = bool(files) and all(".bf16" in name for name in files)
-    return Checkpoint.open(folder, variant="bf16" if narrow else None)
+    return Checkpoint.open(encoder if encoder.is_dir() else folder)
 
 
 def load(checkpoint: Checkpoint, name: str, options: LoadOptions = LoadOptions()) -> Emu2Backbone:
@@ -440,7 +434,7 @@ def _with_pixels(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.folder.name != "multimodal_encoder":
         return checkpoint
     root = checkpoint.folder.parent
-    parts = {part: _open(root / part).tensors for part in ("unet", "vae")}
+    parts = {part: Checkpoint.open(root / part).tensors for part in ("unet", "vae")}
     beside = {f"{part}.{key}": info for part, tensors in parts.items() for key, info in tensors.items()}
     return replace(checkpoint, folder=root, tensors={**checkpoint.tensors, **beside})
 

@@ -6,9 +6,9 @@ The decoder stack and the picture codec are transformers'. Reads the layout of E
 Emu3-Gen-hf: the keys of transformers' `Emu3ForConditionalGeneration`, in the older form that these were released with
 and in today's. Wang et al. 2024 (arXiv:2409.18869).
 
-Both were trained on pictures of 512 x 512 pixels and more, of which at most two fit into the context. Here pictures are
-smaller, so that `PICTURES` of them fit beside some text: 384 x 384 pixels, 2361 positions, at the released context of
-9216. `use_area`, or "area" under "weft" in config.json, chooses another size.
+Both were trained on pictures of 512 x 512 pixels and more, of which at most two fit into Emu3-Gen's context of 9216.
+Here pictures are as large as lets `PICTURES` of them fit beside some text, there 384 x 384 pixels (2361 positions), and
+no larger than its makers generate. `use_area`, or "area" under "weft" in config.json, chooses another size.
 """
 
 import hashlib
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 PICTURES, SHARE = 3, 0.78
 """So many pictures of the usual size take up no more than this share of the context."""
+GENERATED = 720 * 720
+"""Pixels of the pictures that its makers generate."""
 RATIO = 5
 """The longer side of a picture is at most so many times the shorter one: the bound that its makers set."""
 Chat = Literal["chat", "plain"]
@@ -181,7 +183,7 @@ class Emu3Backbone(nn.Module):
 
     def _usual_area(self) -> int:
         room = SHARE * self.context_length
-        sides = range(1, math.isqrt(self.context_length) + 1)
+        sides = range(1, math.isqrt(min(GENERATED, self.pixels.largest)) // self.factor + 1)
         side = max(s for s in sides if PICTURES * self._form(s, s).length <= room) * self.factor
         return side * side
 

@@ -18,7 +18,7 @@ class LoadConfig(Config):
     device: str | None = None
     """Such as cpu or cuda:0. None: where training puts it; otherwise the CPU."""
     device_map: str | None = None
-    """`auto`: the decoder stack is spread over the GPUs, and what does not fit stays on the CPU."""
+    """`auto`: the decoder stack is spread over the GPUs that there are."""
     quantize: Literal["8bit", "4bit"] | None = None
     """Linear layers of the decoder stack, on a CUDA device."""
 

@@ -78,7 +78,7 @@ class Engine:
         self._vectors: Tensor | None = None
         if backbone.kind == "continuous":
             self._vectors = torch.zeros(slots, 1, backbone.feature_width, device=self._device)
-        self._blank: dict[PictureForm, Tensor] = {}
+        self._blank: dict[PictureForm, Tensor | None] = {}
         self._permitted: Tensor | None = None
         self._waiting: deque[Request] = deque()
         self._rows: dict[int, Row] = {}
@@ -323,18 +323,17 @@ class Engine:
         )
         return self._backbone.decode_image(elements, options)
 
-    def _without_prompt(self, form: PictureForm) -> Tensor:
-        """(P, F) the picture that the model writes with nothing before it, as vectors."""
+    def _without_prompt(self, form: PictureForm) -> Tensor | None:
+        """(P, F) the picture that the model writes with nothing before it; None: it can write none."""
         if form not in self._blank:
             start = torch.tensor(self._backbone.chat.start[:1])
             nothing = TokenSequence(start, (TextSpan(1),), torch.zeros(1, dtype=torch.bool))
             config = SamplingConfig(first="image", max_images=1, max_text_tokens=0)
             engine = _Vectors(self._backbone, slots=1, context=form.length + SMALLEST_PICTURE)
             engine._start(Request(0, config, nothing, form, Guidance(1.0, 1.0)))
-            while engine.elements is None:
-                engine.step()
-            assert engine.elements.features is not None
-            self._blank[form] = engine.elements.features
+            for _ in engine.run():
+                pass
+            self._blank[form] = None if engine.elements is None else engine.elements.features
         return self._blank[form]
 
     def _finish(self, row: Row, reason: Reason) -> list[Event]:
