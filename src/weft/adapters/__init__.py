@@ -43,6 +43,7 @@ class Adaptable(Protocol):
 
     name: str
     fingerprint: str
+    revision: str | None
     decoder: nn.Module
     routing: RoutingState | None
 
@@ -75,13 +76,12 @@ def attach(backbone: Adaptable, config: AdapterConfig, *, seed: int = 0) -> Peft
     return _install(backbone, model)
 
 
-def recompute_layers(model: nn.Module) -> None:
+def recompute_layers(backbone: Adaptable) -> None:
     """Compute the activations of an adapted decoder stack's layers again in the backward pass, to save memory."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # transformers 5.23 gives the method a new name, PEFT has the old
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 gives the method a new name, PEFT 0.21 has the old one
+        warnings.simplefilter("ignore", FutureWarning)
+        _adapted(backbone).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def detach(backbone: Adaptable) -> None:
@@ -102,7 +102,7 @@ def save_adapter(backbone: Adaptable, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does, and what base they belong to."""
     model = _adapted(backbone)
     model.save_pretrained(folder, save_embedding_layers=False)
-    record = {"name": backbone.name, "fingerprint": backbone.fingerprint}
+    record = {"name": backbone.name, "revision": backbone.revision, "fingerprint": backbone.fingerprint}
     write_json(Path(folder) / BASE_RECORD, record)
 
 

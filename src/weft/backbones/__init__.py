@@ -70,13 +70,15 @@ def load_backbone(name: str, load: LoadConfig = LoadConfig(), *, device: str = "
     from weft.backbones.checkpoint import Checkpoint
     from weft.backbones.hub import find
 
-    folder = find(name, revision=load.revision).folder
-    family = family_of(folder)
+    found = find(name, revision=load.revision)
+    family = family_of(found.folder)
     if family is None:
-        return tiny.load(str(folder)).to(options.device)
+        return tiny.load(str(found.folder)).to(options.device)
     module = FAMILIES[family].load_module()
-    opened = getattr(module, "open_folder", Checkpoint.open)(folder)
-    return module.load(opened, name, options)
+    opened = getattr(module, "open_folder", Checkpoint.open)(found.folder)
+    backbone = module.load(opened, name, options)
+    backbone.revision = found.revision
+    return backbone
 
 
 def family_of(folder: Path) -> str | None:

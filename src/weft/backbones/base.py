@@ -166,6 +166,8 @@ class Backbone(Protocol):
     """Set by `weft.adapters.attach`; `forward` hands it the layout."""
     fingerprint: str
     """Hash of the frozen weights: what an adapter was trained on."""
+    revision: str | None
+    """The commit on the hub that it came from."""
 
     @property
     def device(self) -> torch.device:

@@ -69,6 +69,7 @@ class ChameleonBackbone(nn.Module):
 
     kind: Kind = "discrete"
     guidance = (3.0, 1.2)
+    revision: str | None = None
     code_rows: Tensor
     """(K,) the row of each picture code."""
 

@@ -122,6 +122,8 @@ class Emu2Backbone(nn.Module):
     """A `Backbone` of kind continuous; see `weft.backbones.base` for shapes."""
 
     kind: Kind = "continuous"
+    guidance = (1.0, 1.0)
+    revision: str | None = None
     codes = 0
 
     def __init__(self, config: Emu2Config, tokenizer: "Tokenizer", name: str) -> None:

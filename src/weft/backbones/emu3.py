@@ -88,6 +88,7 @@ class Emu3Backbone(nn.Module):
 
     kind: Kind = "discrete"
     guidance = (3.0, 1.0)
+    revision: str | None = None
 
     def __init__(
         self, config: Any, tokenizer: "Tokenizer", name: str, pixels: Pixels, chat: Chat = "chat",
@@ -102,7 +103,6 @@ class Emu3Backbone(nn.Module):
         text = config.text_config
         self.context_length = text.max_position_embeddings
         self.vocabulary, self.codes, self.feature_width = text.vocab_size, config.vq_config.codebook_size, 0
-        self.guidance = (3.0, 1.0)
         self.routing: RoutingState | None = None
         self.fingerprint = ""
         rows = [_id_of(_code_name(code), tokenizer, config) for code in range(self.codes)]

@@ -119,7 +119,7 @@ class JanusBackbone(nn.Module):
 
     kind: Kind = "discrete"
     guidance = (5.0, 1.0)
-    guidance = (5.0, 1.0)
+    revision: str | None = None
     is_no_text: Tensor
 
     def __init__(self, config: "JanusConfig", tokenizer: "Tokenizer", name: str, reading: Reading) -> None:

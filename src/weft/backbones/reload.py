@@ -20,15 +20,16 @@ from peft import PeftModel
 from PIL import Image as PILImage
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.adapters import adapter_parameters
 from weft.adapters.export import export_text_lora
 from weft.adapters.inspection import inspect_adapter, read_base
 from weft.adapters.merge import merge_text
 from weft.atomic import MANIFEST, verify_folder, write_folder
-from weft.backbones import load_model
+from weft.backbones import load_model, save_backbone
 from weft.backbones.base import Backbone, encode_document
+from weft.backbones.loading import LoadConfig
 from weft.document import Document, Image, Text, assistant, user
 from weft.errors import AdapterError, UsageError, WeftError
 from weft.layout import TokenSequence, lay_out
@@ -53,12 +54,15 @@ class Verified:
     """Modalities whose branch does nothing: it was never trained."""
 
 
-def verify_adapter(folder: Path, model: str | None = None, trained: Backbone | None = None) -> Verified:
+def verify_adapter(
+    folder: Path, model: str | None = None, trained: Backbone | None = None, load: LoadConfig = LoadConfig()
+) -> Verified:
     """Load a base model and an adapter folder in a fresh process and compare every bit of the logits.
 
     Args:
         model: the base; by default the one that the folder names.
         trained: the model in memory that the folder was just written from; by default what this process loads.
+        load: how the base's weights are held, here and there.
 
     Raises:
         UsageError: neither `model` nor the folder names a base.
@@ -67,7 +71,7 @@ def verify_adapter(folder: Path, model: str | None = None, trained: Backbone | N
     """
     inspection = inspect_adapter(folder)
     name = model or _base_name(folder)
-    here = trained or load_model(name, folder)
+    here = trained or load_model(name, folder, load)
     if (folder / MANIFEST).is_file():
         verify_folder(folder)
     sequences = probe(here)
@@ -82,7 +86,7 @@ def verify_adapter(folder: Path, model: str | None = None, trained: Backbone | N
             where=str(folder),
             fix="train it",
         )
-    there, hashes = _in_fresh_process(name, folder, str(here.device))
+    there, hashes = _in_fresh_process(name, folder, str(here.device), load)
     for key, value in _hashes(here).items():
         if hashes.get(key) != value:
             raise AdapterError(f"tensor {key} reads back changed", where=str(folder), fix="save the adapter again")
@@ -97,21 +101,17 @@ def verify_adapter(folder: Path, model: str | None = None, trained: Backbone | N
     return Verified(sum(map(len, sequences)), from_base, 0.0, idle)
 
 
-def merge_adapter(folder: Path, out: Path, model: str | None = None) -> Verified:
+def merge_adapter(folder: Path, out: Path, model: str | None = None, load: LoadConfig = LoadConfig()) -> Verified:
     """Merge the text branch of an adapter folder into its base and write a model that `load_backbone` reads.
 
     It is there only if a fresh process loads it and gives the adapted model's logits on text, to 1e-5 of the
     largest.
 
     Raises:
-        UsageError: no base is named, or it is of a kind that cannot be written.
+        UsageError: no base is named.
         AdapterError: the text branch cannot be merged, does nothing, or the fresh process disagrees.
     """
-    from weft.backbones import tiny
-
-    backbone = load_model(model or _base_name(folder), folder)
-    if not isinstance(backbone, tiny.TinyBackbone):
-        raise UsageError(f"{backbone.name} cannot be written as a folder", fix="keep the adapter as a folder beside it")
+    backbone = load_model(model or _base_name(folder), folder, load)
     sequences = probe(backbone)[:1]
     expected = logits(backbone, sequences)
     from_base = _changes(expected, _base_logits(backbone, sequences))
@@ -119,8 +119,8 @@ def merge_adapter(folder: Path, out: Path, model: str | None = None) -> Verified
         raise AdapterError("the text branch does nothing: there is nothing to merge", where=str(folder), fix="train it")
     backbone.decoder, backbone.routing = merge_text(backbone.decoder), None
     with write_folder(out) as staging:
-        tiny.save(backbone, staging)
-        there, _ = _in_fresh_process(str(staging), None, "cpu")
+        save_backbone(backbone, staging)
+        there, _ = _in_fresh_process(str(staging), None, str(backbone.device), load)
         difference = largest_difference(expected, there)
         largest = max(1.0, *(float(logits[logits.isfinite()].abs().max()) for logits in expected.values()))
         if not difference <= MERGED * largest:
@@ -210,11 +210,22 @@ def _hashes(backbone: Backbone) -> dict[str, str]:
     }
 
 
-def _in_fresh_process(model: str, adapter: Path | None, device: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _in_fresh_process(
+    model: str, adapter: Path | None, device: str, load: LoadConfig
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The logits, and the hashes of the adapter's tensors, as another process finds them."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits.safetensors"
-        command = [sys.executable, "-m", __spec__.name, model, str(adapter or ""), device, str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            __spec__.name,
+            model,
+            str(adapter or ""),
+            device,
+            load.model_dump_json(),
+            str(out),
+        ]
         # products may differ in their last bits with the number of threads
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True)
@@ -225,13 +236,12 @@ def _in_fresh_process(model: str, adapter: Path | None, device: str) -> tuple[di
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def main(model: str, adapter: str, device: str, out: str) -> None:
+def main(model: str, adapter: str, device: str, load: str, out: str) -> None:
     """What the fresh process does."""
     try:
-        backbone = load_model(model, adapter or None)
+        backbone = load_model(model, adapter or None, LoadConfig.model_validate_json(load), device=device)
     except WeftError as error:
         sys.exit(error.what)
-    cast(nn.Module, backbone).to(device)
     save_file(logits(backbone, probe(backbone)), out, metadata=_hashes(backbone) if adapter else None)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -52,6 +52,23 @@ class Sampling:
         return given
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Loading:
+    """How the model's weights are held; for released checkpoints."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a repository on the hub."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the weights."""
+    device: str | None = None
+    """Such as cpu or cuda:0; by default the CPU."""
+    device_map: str | None = None
+    """`auto`: spread over the GPUs that there are."""
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Weights of 8 or 4 bits, on a CUDA device."""
+
+
 def generate(
     model: str,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
@@ -63,6 +80,7 @@ def generate(
     html: Path | None = None,
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
     sampling: Sampling = Sampling(),
+    loading: Loading = Loading(),
 ) -> None:
     """Answer a prompt of text and pictures with text and pictures.
 
@@ -72,7 +90,7 @@ def generate(
     Parameters
     ----------
     model: str
-        A name such as `tiny`, or the folder of a model.
+        A name such as `tiny`, the folder of a model, or owner/name of a repository on the hub.
     prompt: str
         The text; `-` reads it from standard input; `@FILE` reads a conversation in the chat form (JSON).
     image: tuple[Path, ...]
@@ -87,6 +105,7 @@ def generate(
         Print one JSON object for programs instead.
     """
     from weft.backbones import load_model
+    from weft.backbones.loading import LoadConfig
     from weft.config import load_config
     from weft.generation import Engine, SamplingConfig, collect, slots_for
     from weft.generation.render import write_answer, write_page
@@ -94,14 +113,19 @@ def generate(
     place = _place(out, html)
     config = load_config(SamplingConfig, overrides=sampling.overrides())
     document = _read_prompt(prompt, image)
-    backbone = load_model(model, adapter)
+    backbone = load_model(model, adapter, load_config(LoadConfig, overrides=asdict(loading)))
     engine = Engine(backbone, slots=slots_for(backbone, config))
     engine.submit(document, config)
     answer = collect(engine.run() if json_output else _shown(engine.run()))
     if html is not None:
         write_page(place, document, answer, title=f"weft generate {model}")
     else:
-        made_by = {"model": model, "adapter": adapter and str(adapter), "sampling": config.model_dump(mode="json")}
+        made_by = {
+            "model": model,
+            "revision": backbone.revision,
+            "adapter": adapter and str(adapter),
+            "sampling": config.model_dump(mode="json"),
+        }
         write_answer(place, document, answer, made_by=made_by)
     if json_output:
         print(json.dumps(_summary(answer, place), ensure_ascii=False))

@@ -111,7 +111,7 @@ class RunFolder:
 
     def _verify(self, staging: Path, training: Training) -> None:
         try:
-            verify_adapter(staging, self.config.model, training.backbone)
+            verify_adapter(staging, self.config.model, training.backbone, self.config.load)
         except AdapterError as error:
             # where it was will be gone when this is read; the checkpoints stay
             error.where = str(self.adapter)

@@ -123,7 +123,7 @@ def build(config: TrainConfig) -> Training:
     backbone = load_backbone(config.model, config.load, device=str(accelerator.device))
     attach(backbone, config.adapter, seed=config.seed)
     if config.checkpointing:
-        recompute_layers(backbone.decoder)
+        recompute_layers(backbone)
     context = min(config.data.context or backbone.context_length, backbone.context_length)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     optimizer = torch.optim.AdamW(

@@ -56,6 +56,7 @@ class TinyBackbone(nn.Module):
     """A `Backbone` of kind discrete; see `weft.backbones.base` for shapes."""
 
     kind: Kind = "discrete"
+    revision: str | None = None
 
     def __init__(self, config: TinyConfig, tokenizer: "Tokenizer", name: str) -> None:
         from transformers import ChameleonConfig, ChameleonModel
