@@ -351,3 +351,14 @@ def test_requests_that_cannot_be_meant_are_refused(nano):
         Engine(nano, slots=0)
     with pytest.raises(UsageError):
         Engine(nano, context=nano.context_length + 1)
+
+
+def test_the_cache_has_room_for_what_rows_need_and_no_more(nano):
+    engine = Engine(nano, slots=2)
+    rooms = []
+    for document in (PROMPTS[0], PROMPTS[5], prompt("long " * 60)):
+        engine.submit(document, SamplingConfig(max_images=0, max_text_tokens=4))
+        list(engine.run())
+        rooms.append(engine._cache.layers[0].keys.shape[2])
+    assert rooms == [64, 192, 384]  # a prompt of 300 tokens doubles what there was
+    assert engine._cache.length == nano.context_length == 512

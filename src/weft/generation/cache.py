@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from weft.backbones.base import DecodeStep
@@ -34,7 +35,7 @@ class _Frame:
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Keys and values (slots, H, length, C) of one layer."""
+    """Keys and values (slots, H, room, C) of one layer; room is doubled where a row needs more, up to the length."""
 
     keys: Tensor
     values: Tensor
@@ -44,17 +45,24 @@ class _SlotLayer(CacheLayerMixin):
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        slots, length = self._cache.slots, self._cache.length
+        slots = self._cache.slots
         self.keys, self.values = (
-            states.new_zeros(slots, states.shape[1], length, states.shape[3]) for states in (key_states, value_states)
+            states.new_zeros(slots, states.shape[1], 0, states.shape[3]) for states in (key_states, value_states)
         )
         self.is_initialized = True
+
+    def _grow(self, width: int) -> None:
+        # a context may have 100,000 positions and an answer few
+        more = min(max(width, 2 * self.keys.shape[2]), self._cache.length) - self.keys.shape[2]
+        self.keys, self.values = (F.pad(stored, (0, 0, 0, more)) for stored in (self.keys, self.values))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write (B, H, q, C) at the rows' positions; returns (B, H, width, C) of the rows' slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         frame = self._cache.frame
+        if frame.width > self.keys.shape[2]:
+            self._grow(frame.width)
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
             stored[frame.slots[:, None], :, frame.positions] = states.transpose(1, 2)
         if frame.every_slot:
