@@ -6,19 +6,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.backbones.stacks import stack
 from weft.backbones import checkpoint as module
 from weft.backbones.checkpoint import (
     BLOCK,
     BLOCKS,
     WHOLE,
     Checkpoint,
-    LoadOptions,
     fill,
     materialise_buffers,
-    place_decoder,
-    read_tokenizer,
 )
-from weft.errors import CheckpointError, UsageError
+from weft.errors import CheckpointError
 
 WEIGHTS = {
     "a.weight": torch.arange(12.0).reshape(3, 4),
@@ -405,28 +403,6 @@ def test_one_tensor_is_held_at_a_time_beside_the_module(tmp_path, monkeypatch):
 # --- buffers that no checkpoint holds ---------------------------------------------------------------------------------
 
 
-def stack(family):
-    """The family's decoder stack, small, with other rotary frequencies than the defaults."""
-    import transformers as hf
-
-    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 2, "vocab_size": 8, "max_position_embeddings": 64,
-             "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0},
-             "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # fmt: skip
-    if family == "chameleon":
-        codec = {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "base_channels": 32,
-                 "channel_multiplier": [1], "num_res_blocks": 1, "resolution": 8}  # fmt: skip
-        return hf.ChameleonModel(hf.ChameleonConfig(**sizes, vocabulary_map={"<image>": 0}, vq_config=codec))
-    if family == "emu3":
-        from transformers.models.emu3.modeling_emu3 import Emu3TextModel
-
-        return Emu3TextModel(hf.Emu3TextConfig(**sizes))
-    if family == "llama with scaled frequencies":
-        sizes["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-                                    "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
-    return hf.LlamaModel(hf.LlamaConfig(**sizes))
-
-
 @pytest.mark.parametrize("family", ["llama", "llama with scaled frequencies", "chameleon", "emu3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotary_frequencies_are_those_of_a_normal_build(tmp_path, family, dtype):
@@ -473,141 +449,3 @@ def test_a_buffer_that_nothing_computes_is_named():
     model = on_meta(lambda: nn.Sequential(Odd()))
     with pytest.raises(CheckpointError, match=r"0\.window"):
         materialise_buffers(model)
-
-
-# --- places -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_tokenizer_is_read_or_refused(tmp_path):
-    from tokenizers import Tokenizer, models
-
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
-        read_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
-        read_tokenizer(tmp_path)
-    Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
-    assert read_tokenizer(tmp_path).token_to_id("a") == 0
-
-
-WHOLE_MAP = {"embed_tokens": "cpu", "layers.0": "cpu", "layers.1": "cpu", "norm": "cpu", "rotary_emb": "cpu"}
-
-
-@pytest.mark.parametrize("device_map", [None, "auto", {"": "cpu"}, WHOLE_MAP])
-def test_a_decoder_is_placed_and_computes_the_same(device_map, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    decoder = stack("llama").eval()
-    ids = torch.arange(8)[None]
-    wanted = decoder(input_ids=ids).last_hidden_state
-    placed = place_decoder(decoder, LoadOptions(device_map=device_map))
-    assert torch.equal(placed(input_ids=ids).last_hidden_state, wanted)
-
-
-@pytest.mark.parametrize(
-    "device_map, words",
-    [
-        ("balanced", "no device map 'balanced'"),
-        ({"layers": "cpu", "layer.1": "cpu"}, r"no module layer\.1"),
-        ({"layers.0": "cpu"}, r"says nothing about embed_tokens\.weight, layers\.1\.self_attn\.q_proj\.weight"),
-        ({**WHOLE_MAP, "layers.1": 0}, "moved at every step"),
-        ({**WHOLE_MAP, "layers.1": "disk"}, "moved at every step"),
-        ({"": "disk"}, "moved at every step"),
-    ],
-)
-def test_a_device_map_that_cannot_be_meant_is_refused(device_map, words):
-    with pytest.raises(UsageError, match=words) as caught:
-        place_decoder(stack("llama"), LoadOptions(device_map=device_map))
-    assert caught.value.fix
-
-
-def test_a_model_too_large_for_its_devices_is_refused(monkeypatch):
-    import accelerate
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("accelerate.utils.get_balanced_memory", lambda *args, **options: {0: 1, "cpu": 2**40})
-    monkeypatch.setattr(
-        accelerate, "infer_auto_device_map", lambda *args, **options: {"layers.0": 0, "layers.1": "cpu"}
-    )
-    with pytest.raises(UsageError, match="does not fit"):
-        place_decoder(stack("llama"), LoadOptions(device_map="auto"))
-
-
-@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
-def test_quantising_without_a_cuda_device_is_refused(quantize, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    decoder = stack("llama")
-    with pytest.raises(UsageError, match="finds none on this machine"):
-        place_decoder(decoder, LoadOptions(quantize=quantize, device="cuda"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UsageError, match="need a CUDA device") as caught:
-        place_decoder(decoder, LoadOptions(quantize=quantize))
-    assert "device cuda" in caught.value.fix
-
-
-def test_quantising_without_the_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(UsageError, match="not installed") as caught:
-        place_decoder(stack("llama"), LoadOptions(quantize="4bit", device="cuda"))
-    assert "weft[quantize]" in caught.value.fix
-    with pytest.raises(UsageError, match="cannot quantise to '2bit'"):
-        place_decoder(stack("llama"), LoadOptions(quantize="2bit", device="cuda"))
-
-
-def test_a_decoder_that_is_to_be_spread_or_quantised_is_first_read_to_the_cpu():
-    assert LoadOptions(device="cuda").staging == "cuda"
-    assert LoadOptions(device="cuda", quantize="4bit").staging == "cpu"
-    assert LoadOptions(device="cuda", device_map="auto").staging == "cpu"
-
-
-@pytest.mark.parametrize("device_map", [None, "auto"])
-@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
-def test_quantised_layers_compute_nearly_the_same_and_take_adapters(quantize, device_map, monkeypatch):
-    """As far as bitsandbytes goes without a CUDA device: its layers, not their kernels."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    check_quantised("cpu", LoadOptions(torch.bfloat16, "cpu", device_map, quantize), monkeypatch)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("device_map", [None, "auto"])
-@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
-def test_a_decoder_is_quantised_on_its_way_to_the_device(quantize, device_map, monkeypatch):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    check_quantised("cuda", LoadOptions(torch.bfloat16, "cuda", device_map, quantize), monkeypatch)
-
-
-def check_quantised(device, options, monkeypatch):
-    import accelerate
-    import bitsandbytes
-    from accelerate.utils import CustomDtype
-
-    from weft.adapters import AdapterConfig
-    from weft.adapters.layer import MossLinear
-
-    asked, infer = [], accelerate.infer_auto_device_map
-    monkeypatch.setattr(
-        accelerate, "infer_auto_device_map", lambda *a, **o: asked.append(o["special_dtypes"]) or infer(*a, **o)
-    )
-    torch.manual_seed(0)
-    decoder = stack("llama").to(torch.bfloat16).eval().requires_grad_(False)
-    for part in decoder.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=0.2)
-    ids = torch.arange(8, device=device)[None]
-    wanted = decoder.to(device)(input_ids=ids).last_hidden_state
-    if device == "cpu":
-        monkeypatch.setattr(module, "_check_can_quantise", lambda options: None)
-    decoder = place_decoder(decoder.cpu(), options)
-    kind = bitsandbytes.nn.Linear8bitLt if options.quantize == "8bit" else bitsandbytes.nn.Linear4bit
-    layers = {name: part for name, part in decoder.named_modules() if isinstance(part, kind)}
-    assert len(layers) == 14
-    for layer in layers.values():
-        assert layer.weight.nbytes == layer.in_features * layer.out_features // (1 if options.quantize == "8bit" else 2)
-    found = decoder(input_ids=ids).last_hidden_state
-    assert 0 < (found - wanted).norm() < (0.05 if options.quantize == "8bit" else 0.6) * wanted.norm()
-    narrow = torch.int8 if options.quantize == "8bit" else CustomDtype.INT4
-    assert asked == ([{f"{name}.weight": narrow for name in layers}] if options.device_map else [])
-    peft = __import__("peft").get_peft_model(decoder, AdapterConfig(kind="moss", rank=2).to_peft())
-    assert sum(isinstance(part, MossLinear) for part in peft.modules()) == 14

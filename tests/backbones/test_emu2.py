@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from weft.backbones import emu2
+from weft.backbones import emu2, emu2_layouts, emu2_tokens, shards
 from weft.backbones.base import DecodeStep, DecodingOptions, encode_document
 from weft.backbones.checkpoint import Checkpoint, LoadOptions
 from weft.codecs.diffusion import DiffusionConfig, DiffusionDecoder
@@ -185,9 +185,10 @@ def write_again_and_again(model, embeds):
 def sixty_four(std, dtype):
     """Nano with pictures of 8 x 8 features."""
     vision = EvaConfig(side=64, patch=8, width=24, layers=1, heads=2, mlp=48)
-    config = replace(emu2.nano().config, vision=vision, queries=64, read_queries=64, pixels=None)
+    nano = emu2.nano()
+    config = replace(nano.config, vision=vision, queries=64, read_queries=64, pixels=None)
     torch.manual_seed(0)
-    model = emu2.Emu2Backbone(config, emu2._byte_tokenizer(), "sixty-four")
+    model = emu2.Emu2Backbone(config, nano.tokenizer, "sixty-four")
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=std)
@@ -218,11 +219,14 @@ def test_a_cached_picture_is_the_recomputed_one_and_costs_64_positions(std, dtyp
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
-WIDTH, HIDDEN = emu2.TOWER_HEAD, emu2.DECODER_HEAD  # one head each: what a checkpoint without config.json must mean
+WIDTH, HIDDEN = (
+    emu2_layouts.TOWER_HEAD,
+    emu2_layouts.DECODER_HEAD,
+)  # one head each: what a checkpoint without config.json must mean
 SIDE, PATCH = 16, 2
 LAYERS = 2
 PIECES = 40
-VOCABULARY = PIECES + len(emu2.ADDED)
+VOCABULARY = PIECES + len(emu2_tokens.ADDED)
 CONFIG = {
     "architectures": ["EmuForCausalLM"], "d_model": WIDTH, "hidden_size": HIDDEN, "intermediate_size": 96,
     "num_hidden_layers": LAYERS, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": VOCABULARY,
@@ -233,13 +237,13 @@ CONFIG = {
     },
 }  # fmt: skip
 UNET = {
-    **emu2.UNET, "sample_size": 4, "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4,
+    **emu2_layouts.UNET, "sample_size": 4, "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     "transformer_layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": WIDTH,
     "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
 }  # fmt: skip
 VAE = {
-    **emu2.VAE, "block_out_channels": [4, 4], "layers_per_block": 1, "norm_num_groups": 2,
+    **emu2_layouts.VAE, "block_out_channels": [4, 4], "layers_per_block": 1, "norm_num_groups": 2,
     "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
 }  # fmt: skip
 
@@ -302,7 +306,7 @@ def write_shards(folder, state, stem="model", variant=""):
 def write_pixel_configs(folder):
     write_json(folder / "unet/config.json", UNET)
     write_json(folder / "vae/config.json", VAE)
-    write_json(folder / "scheduler/scheduler_config.json", emu2.SCHEDULER)
+    write_json(folder / "scheduler/scheduler_config.json", emu2_layouts.SCHEDULER)
 
 
 def part_of(state, prefix):
@@ -404,7 +408,7 @@ def test_every_layout_loads_completely_and_computes_what_its_tensors_say(layout)
         with pytest.raises(CheckpointError, match="Emu2-Gen"):
             model.decode_image(made)
         return
-    decoder = DiffusionDecoder(DiffusionConfig(UNET, VAE, emu2.SCHEDULER))
+    decoder = DiffusionDecoder(DiffusionConfig(UNET, VAE, emu2_layouts.SCHEDULER))
     decoder.load_state_dict(pixels)
     with torch.no_grad():
         blank = tower(torch.zeros(1, 3, SIDE, SIDE))[:, 1:]
@@ -523,7 +527,7 @@ def test_pickles_are_converted_once(tmp_path, pickled, shard, monkeypatch):
     plain_tokenizer().save(str(source / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="weft models convert"):
         emu2.open_folder(source)
-    monkeypatch.setattr(emu2, "SHARD", shard)
+    monkeypatch.setattr(shards, "SHARD", shard)
     emu2.convert(source, out)
     assert (len(list(out.glob("*.safetensors"))) == 1) == (shard == 2**31)
     stored = emu2.open_folder(out)
@@ -591,11 +595,13 @@ def sentencepiece_folder(tmp_path_factory):
 
 def test_a_sentencepiece_tokenizer_gives_the_same_ids_and_text(sentencepiece_folder, tmp_path):
     folder, theirs = sentencepiece_folder
-    added = {token: len(theirs) + i for i, token in enumerate((*emu2.ADDED, emu2.USER, emu2.ASSISTANT))}
+    added = {
+        token: len(theirs) + i for i, token in enumerate((*emu2_tokens.ADDED, emu2_tokens.USER, emu2_tokens.ASSISTANT))
+    }
     shutil.copy(folder / "tokenizer.model", tmp_path)
     write_json(tmp_path / "added_tokens.json", dict(reversed(added.items())))
-    ours = emu2._find_tokenizer(tmp_path)
-    emu2._complete(ours, len(theirs) + len(added), "test")
+    ours = emu2_tokens.find_tokenizer(tmp_path)
+    emu2_tokens.complete(ours, len(theirs) + len(added), "test")
     for text in ("the odd cat", "a  wet ü mat 😀:", " the", "x", "red\nblue", "[IMG] is text here </s>"):
         ids = ours.encode(text, add_special_tokens=False).ids
         assert ids == theirs.encode(text)
@@ -608,7 +614,7 @@ def test_added_tokens_that_do_not_follow_are_named(sentencepiece_folder, tmp_pat
     shutil.copy(folder / "tokenizer.model", tmp_path)
     write_json(tmp_path / "added_tokens.json", {"[PAD]": len(theirs) + 1})
     with pytest.raises(CheckpointError, match=r"\[PAD\] becomes token \d+ and should be \d+"):
-        emu2._find_tokenizer(tmp_path)
+        emu2_tokens.find_tokenizer(tmp_path)
 
 
 def test_without_sentencepiece_the_error_says_what_to_install(sentencepiece_folder, monkeypatch):
@@ -618,12 +624,12 @@ def test_without_sentencepiece_the_error_says_what_to_install(sentencepiece_fold
     # transformers has a function of the same name
     monkeypatch.setattr(import_module("transformers.convert_slow_tokenizer"), "requires_backends", missing)
     with pytest.raises(UsageError, match="pip install sentencepiece protobuf"):
-        emu2._find_tokenizer(sentencepiece_folder[0])
+        emu2_tokens.find_tokenizer(sentencepiece_folder[0])
 
 
 def test_without_a_tokenizer_the_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither tokenizer.json nor tokenizer.model(.|\n)*" + tmp_path.name):
-        emu2._find_tokenizer(tmp_path)
+        emu2_tokens.find_tokenizer(tmp_path)
 
 
 def test_chat_words_and_their_absence(nano):
@@ -632,13 +638,13 @@ def test_chat_words_and_their_absence(nano):
     document = Document(turns=(user(Text("Hi")), assistant(Text("Yo")), user(Text("So"))))
     made = encode_document(nano, document, answer=True).ids.tolist()
     assert made == [
-        ids("<s>"), *nano.tokenize(emu2.SYSTEM),
+        ids("<s>"), *nano.tokenize(emu2_tokens.SYSTEM),
         ids("[USER]"), *colon, *nano.tokenize("Hi"), ids("[ASSISTANT]"), *colon, *nano.tokenize("Yo"), ids("</s>"),
         ids("[USER]"), *colon, *nano.tokenize("So"), ids("[ASSISTANT]"), *colon,
     ]  # fmt: skip
     base = plain_tokenizer()
-    emu2._complete(base, 40 + len(emu2.ADDED), "base")
-    chat = emu2._chat_format(base)
+    emu2_tokens.complete(base, 40 + len(emu2_tokens.ADDED), "base")
+    chat = emu2_tokens.chat_format(base)
     assert (chat.start, chat.user, chat.assistant, chat.end) == ((1,), ((), ()), ((), (2,)), (2,))
 
 
@@ -731,8 +737,8 @@ def test_nano_is_the_same_each_time(nano):
 
 def test_the_released_sizes_are_the_defaults():
     with torch.device("meta"):
-        model = emu2.Emu2Backbone(emu2.Emu2Config(32272), plain_tokenizer(32000), "Emu2")
-        pixels = DiffusionDecoder(DiffusionConfig(emu2.UNET, emu2.VAE, emu2.SCHEDULER))
+        model = emu2.Emu2Backbone(emu2_layouts.Emu2Config(32272), plain_tokenizer(32000), "Emu2")
+        pixels = DiffusionDecoder(DiffusionConfig(emu2_layouts.UNET, emu2_layouts.VAE, emu2_layouts.SCHEDULER))
     assert sum(p.numel() for p in model.parameters()) == 36_906_513_152
     assert sum(p.numel() for p in pixels.unet.parameters()) == 2_525_520_644
     assert pixels.side == 1024

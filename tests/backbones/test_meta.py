@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.codecs import classic_vqgan
 from weft.atomic import verify_folder
-from weft.backbones import chameleon, meta
+from weft.backbones import chameleon, meta, shards
 from weft.backbones.checkpoint import Checkpoint, LoadOptions
 from weft.errors import CheckpointError, UsageError
 from weft.layout import ImageSpan, TextSpan, lay_out
@@ -197,7 +197,7 @@ def test_transformers_itself_reads_what_was_written(tmp_path):
 def test_large_models_are_written_in_several_files(tmp_path, monkeypatch):
     source = release(tmp_path / "release", "30b", torch.bfloat16)
     meta.convert(source, tmp_path / "one")
-    monkeypatch.setattr(meta, "SHARD", 100_000)
+    monkeypatch.setattr(shards, "SHARD", 100_000)
     meta.convert(source, tmp_path / "many")
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 4 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image as PILImage
@@ -166,3 +167,23 @@ def test_a_refused_checkpoint_costs_no_memory():
     what, grown = done.stdout.strip().splitlines()
     assert "bytes" in what
     assert int(grown) < 600_000  # KiB: libraries are imported, tensors are not read
+
+
+def test_a_model_of_the_hub_is_used_by_its_name_and_its_commit_is_recorded(tmp_path, monkeypatch, capsys):
+    """Fetched before, as the hub's library keeps it; nothing goes to the network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--owner--model"
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    save_backbone(load_backbone("nano-janus"), folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert run("generate", "owner/model", "hi", "--out", "answer", *BRIEF) == 0
+    made_by = json.loads(Path("answer/answer.json").read_text())["meta"]
+    assert (made_by["model"], made_by["revision"]) == ("owner/model", commit)
+    backbone = load_backbone("owner/model")
+    attach(backbone, AdapterConfig(rank=2))
+    save_adapter(backbone, Path("adapter"))
+    assert json.loads(Path("adapter/weft_base.json").read_text())["revision"] == commit

@@ -246,7 +246,7 @@ def run_decoder(
 
 
 Keep = Literal["all", "pictures", "nothing"]
-"""Of a prompt: all of it; its pictures; only what begins a sequence. Pictures are guided away from the last two, that is
+"""Of a prompt: all of it; its pictures; only what begins a sequence. Guidance leads pictures away from the last two:
 from the text, or from text and pictures."""
 
 

@@ -8,8 +8,6 @@ the pixel decoder under `model.vqmodel.decoder` (leloy/Anole-7b-v0.1-hf, and wha
 older form of either, whose query and key rows were left in Meta's order. Meta's own files are converted in `meta.py`.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weft.atomic import write_json
 from weft.backbones.base import (
     ChatFormat,
     DecodeStep,
@@ -36,10 +35,13 @@ from weft.backbones.checkpoint import (
     Rename,
     Transform,
     fill,
-    place_decoder,
-    read_tokenizer,
+    fingerprint_of,
 )
-from weft.codecs.vqgan import VQGAN, module_key, released_key, to_picture
+from weft.backbones.placement import place
+from weft.backbones.shards import write_weights
+from weft.backbones.tokenizer import byte_tokenizer, read_tokenizer
+from weft.codecs.pixels import to_picture
+from weft.codecs.vqgan import VQGAN, module_key, released_key
 from weft.errors import CheckpointError, UsageError
 from weft.layout import ModalityLayout
 
@@ -139,7 +141,8 @@ class ChameleonBackbone(nn.Module):
 
     @torch.no_grad()
     def decode_image(self, elements: Elements, options: DecodingOptions = _NO_OPTIONS) -> "PILImage.Image":
-        return to_picture(self.codec.decode(elements.ids[None] - self.vocabulary)[0])
+        pixels = self.codec.decode(elements.ids[None] - self.vocabulary)[0]
+        return to_picture((pixels + 1) * 127.5)
 
     # --- the stack and its heads --------------------------------------------------------------------------------------
 
@@ -305,10 +308,7 @@ def load(checkpoint: Checkpoint, name: str, options: LoadOptions) -> ChameleonBa
     fill(model.codec, vq, _codec_key(model.codec.levels, prefix), dtype=torch.float32, device=options.device)
     stack = nn.ModuleDict({"decoder": model.decoder, "table": model.table, "head": model.head})
     fill(stack, checkpoint, _stack_key, transform, dtype=options.dtype, device=options.staging)
-    model.decoder = place_decoder(model.decoder, options)
-    for part in (model.table, model.head):
-        part.to(options.device)
-    model.code_rows = model.code_rows.to(options.device)
+    place(model, options)
     model.fingerprint = checkpoint.fingerprint
     return model.requires_grad_(False).eval()
 
@@ -326,32 +326,23 @@ def _check_same_codebook(checkpoint: Checkpoint, vq: Checkpoint) -> None:
 
 def save(model: ChameleonBackbone, folder: Path) -> None:
     """Write config.json, tokenizer.json and model.safetensors, with the pixel decoder, into an existing folder."""
-    from safetensors.torch import save_file
-
     config = {
         **model.decoder.config.to_dict(),
         "architectures": ["ChameleonForConditionalGeneration"],
         "dtype": str(model.table.weight.dtype).removeprefix("torch."),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     model.tokenizer.save(str(folder / "tokenizer.json"))
-    tensors = {key: tensor.contiguous() for key, tensor in in_transformers_layout(model).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder, in_transformers_layout(model))
 
 
 def nano() -> ChameleonBackbone:
     """Random weights, fixed by a seed: 2 layers of width 32, pictures of 2 x 2 of 16 codes, a byte vocabulary."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     codes = 16
     # from the last code to the first, so that nothing can rely on an offset
     control = (*SPECIAL, *(token_of(code) for code in reversed(range(codes))), "<image>")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = {token: id for id, token in enumerate((*control, *alphabet))}
-    tokenizer = Tokenizer(models.BPE(names, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
+    tokenizer = byte_tokenizer(control)
+    names = dict(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
     values = {
         "model_type": "chameleon", "vocab_size": len(names), "vocabulary_map": names, "max_position_embeddings": 512,
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -368,8 +359,5 @@ def nano() -> ChameleonBackbone:
             else:
                 # large enough that every layer matters to what tests compare
                 nn.init.normal_(parameter, std=1.5 / parameter[0].numel() ** 0.5)
-    digest = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    model.fingerprint = digest.hexdigest()
+    model.fingerprint = fingerprint_of(model)
     return model.requires_grad_(False).eval()

@@ -1,9 +1,9 @@
 """Released weights on disk: safetensors, checked from their headers, then read one tensor at a time into a module.
 
-    Checkpoint.open(folder) -> fill(module on the meta device, checkpoint, rename) -> place_decoder(module.decoder)
+    Checkpoint.open(folder) -> fill(module on the meta device, checkpoint, rename)
 
 Knows files and tensors. Which key is which parameter is known by each backbone; where a name's folder comes from, by
-`hub.py`.
+`hub.py`; where a filled module lies, by `placement.py`.
 """
 
 import hashlib
@@ -15,15 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from weft.errors import CheckpointError, UsageError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from weft.errors import CheckpointError
 
 Rename = Callable[[str], str | None]
 """A checkpoint's key -> the module's; None: knowingly not needed."""
@@ -61,7 +58,7 @@ class LoadOptions:
 
     @property
     def staging(self) -> str:
-        """Where `fill` puts a decoder: on the CPU, if `place_decoder` then spreads or quantises it."""
+        """Where `fill` puts a decoder: on the CPU, if `placement.py` then spreads or quantises it."""
         return self.device if self.device_map is None and self.quantize is None else "cpu"
 
 
@@ -188,6 +185,15 @@ def materialise_buffers(module: nn.Module, device: str = "cpu") -> None:
             setattr(part, name, fresh.get_buffer(name).to(device))
 
 
+def fingerprint_of(module: nn.Module) -> str:
+    """SHA-256 over every key and byte of a small module, on the CPU."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint.
 
@@ -209,141 +215,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tokenizer(folder: Path) -> "Tokenizer":
-    """The `tokenizer.json` of a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    from tokenizers import Tokenizer
-
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            "tokenizer.json is missing", where=str(folder), fix="fetch it from where the weights came from"
-        )
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(f"tokenizer.json cannot be read: {error}", where=str(path), fix=_AGAIN) from error
-
-
 _AGAIN = "it is damaged: fetch it again"
-
-
-# --- where the decoder lies ------------------------------------------------------------------------------------------
-
-
-def place_decoder(decoder: nn.Module, options: LoadOptions) -> nn.Module:
-    """Move a filled decoder stack to where the options want it, quantised if they want it.
-
-    Quantised are the linear layers, which is what adapters wrap; norms keep their dtype. The layers are quantised as
-    they arrive on the device.
-
-    Raises:
-        UsageError: bitsandbytes or a CUDA device is missing; the device map names no such module, leaves one out, or
-            needs offloading, which would move weights at every step.
-    """
-    if options.quantize is not None:
-        _check_can_quantise(options)
-        _quantise(decoder, options)
-    if options.device_map is None:
-        return decoder.to(options.device)
-    from accelerate import dispatch_model
-
-    places = _auto_map(decoder, options) if options.device_map == "auto" else _checked_map(decoder, options.device_map)
-    first = next(iter(places.values()))
-    skip = getattr(decoder, "_skip_keys_device_placement", None)
-    return dispatch_model(decoder, places, main_device=torch.device(first), skip_keys=skip)
-
-
-def _auto_map(decoder: nn.Module, options: LoadOptions) -> dict[str, str | int]:
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import CustomDtype, get_balanced_memory
-
-    narrow = {"8bit": torch.int8, "4bit": CustomDtype.INT4}.get(options.quantize or "")
-    special = {f"{path}.weight": narrow for path, _ in _linears(decoder)} if narrow is not None else None
-    whole = list(getattr(decoder, "_no_split_modules", None) or ())
-    room = get_balanced_memory(decoder, no_split_module_classes=whole, special_dtypes=special)
-    places = infer_auto_device_map(decoder, room, whole, special_dtypes=special)
-    if torch.cuda.is_available() and not {"cpu", "disk"}.isdisjoint(places.values()):
-        raise UsageError(
-            "the model does not fit on the CUDA devices of this machine",
-            where="device_map auto",
-            fix="use a smaller dtype, 8bit or 4bit, or more devices",
-        )
-    return places
-
-
-def _checked_map(decoder: nn.Module, device_map: str | dict[str, str | int]) -> dict[str, str | int]:
-    if isinstance(device_map, str):
-        raise UsageError(f"there is no device map {device_map!r}", where="device_map", fix="use auto, or a mapping")
-    names = {name for name, _ in decoder.named_modules()}
-    unknown = [name for name in device_map if name not in names]
-    if unknown:
-        children = ", ".join(name for name, _ in decoder.named_children())
-        raise UsageError(f"the decoder has no module {unknown[0]}", where="device_map", fix=f"its parts are {children}")
-    uncovered = [
-        key
-        for key, _ in decoder.named_parameters()
-        if not any(name == "" or key.startswith(f"{name}.") for name in device_map)
-    ]
-    if uncovered:
-        raise UsageError(
-            f"the device map says nothing about {_few(uncovered)}", where="device_map", fix="name them, or use auto"
-        )
-    kinds = {str(place) if place in ("cpu", "disk") else "device" for place in device_map.values()}
-    if len(kinds) > 1 or "disk" in kinds:
-        raise UsageError(
-            "the device map keeps weights on the CPU or the disk beside a device: they would be moved at every step",
-            where="device_map",
-            fix="spread the decoder over devices alone, or quantise it",
-        )
-    return device_map
-
-
-def _check_can_quantise(options: LoadOptions) -> None:
-    where = f"quantize {options.quantize}"
-    if options.quantize not in ("8bit", "4bit"):
-        raise UsageError(f"cannot quantise to {options.quantize!r}", where=where, fix="use 8bit or 4bit")
-    has_cuda = torch.cuda.is_available()
-    if not has_cuda or (options.device_map is None and not options.device.startswith("cuda")):
-        raise UsageError(
-            "quantised weights need a CUDA device" + ("" if has_cuda else ", and torch finds none on this machine"),
-            where=where,
-            fix="load with device cuda on a machine that has one, or without quantize",
-        )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            "bitsandbytes is not installed", where=where, fix="pip install 'weft[quantize]'; it needs a CUDA device"
-        ) from error
-
-
-def _quantise(decoder: nn.Module, options: LoadOptions) -> None:
-    """Put bitsandbytes' layers in the place of linear ones; they narrow their weights when they are moved."""
-    from bitsandbytes import nn as quantised
-
-    for path, linear in list(_linears(decoder)):
-        size = (linear.in_features, linear.out_features)
-        with torch.device("meta"):
-            if options.quantize == "8bit":
-                narrow = quantised.Linear8bitLt(*size, bias=linear.bias is not None, has_fp16_weights=False)
-                weight = quantised.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-            else:
-                has_bias = linear.bias is not None
-                narrow = quantised.Linear4bit(*size, has_bias, compute_dtype=options.dtype, quant_type="nf4")
-                weight = quantised.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-        narrow.weight, narrow.bias = weight, linear.bias
-        owner, _, name = path.rpartition(".")
-        setattr(decoder.get_submodule(owner), name, narrow.requires_grad_(False))
-
-
-def _linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for path, part in decoder.named_modules():
-        if isinstance(part, nn.Linear):  # bitsandbytes' are, too
-            yield path, part
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
@@ -365,7 +237,7 @@ def _match(module: nn.Module, checkpoint: Checkpoint, rename: Rename, transform:
         if found.shape != wanted[key]:
             misshapen.append(f"{source} with {tuple(stored.shape)} for {key} with {tuple(wanted[key])}")
     troubles = [
-        f"{len(keys)} {trouble}: {_few(keys)}"
+        f"{len(keys)} {trouble}: {few(keys)}"
         for trouble, keys in (
             ("missing", missing), ("unexpected", unexpected), ("named twice", twice), ("of another shape", misshapen)
         )
@@ -385,7 +257,8 @@ def _place(info: TensorInfo) -> tuple[str, int]:
     return str(info.file), info.start
 
 
-def _few(keys: list[str]) -> str:
+def few(keys: list[str]) -> str:
+    """The first of them, and how many more there are."""
     more = len(keys) - NAMED
     return ", ".join(keys[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
@@ -434,14 +307,14 @@ def _no_weights(root: Path, variant: str | None) -> CheckpointError:
     others = sorted(path.name for path in root.glob("*.safetensors*"))
     if others:
         return CheckpointError(
-            f"there is no {wanted}, nor an index of its shards, among {_few(others)}",
+            f"there is no {wanted}, nor an index of its shards, among {few(others)}",
             where=str(root),
             fix="name the variant that is there, or fetch the missing files",
         )
     pickles = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix in PICKLES)
     if pickles:
         return CheckpointError(
-            f"the weights are pickled ({_few(pickles)}), which can run code when read",
+            f"the weights are pickled ({few(pickles)}), which can run code when read",
             where=str(root),
             fix=f"convert them once: weft models convert {root} OUT",
         )
@@ -465,7 +338,7 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
     absent = [key for key, name in weights.items() if key not in shards[name]]
     if absent:
         raise CheckpointError(
-            f"the index says that this shard holds {_few(absent)}, and it does not",
+            f"the index says that this shard holds {few(absent)}, and it does not",
             where=str(index.parent / weights[absent[0]]),
             fix="fetch index and shards again, of one revision",
         )

@@ -2,17 +2,15 @@
 
     <|image start|> "H*W" <|image token|>  H x (W codes, <|extra_200|>)  <|extra_201|> <|image end|>
 
-The decoder stack and the picture codec are transformers'. Reads the layout of Emu3-community/Emu3-Chat-hf and
-Emu3-Gen-hf: the keys of transformers' `Emu3ForConditionalGeneration`, in the older form that these were released with
-and in today's. Wang et al. 2024 (arXiv:2409.18869).
+The decoder stack and the picture codec are transformers'. Reads the layout of BAAI/Emu3-Chat-hf and
+BAAI/Emu3-Gen-hf: the keys of transformers' `Emu3ForConditionalGeneration`, in the older form that these were released
+with and in today's. Wang et al. 2024 (arXiv:2409.18869).
 
 Both were trained on pictures of 512 x 512 pixels and more, of which at most two fit into Emu3-Gen's context of 9216.
 Here pictures are as large as lets `PICTURES` of them fit beside some text, there 384 x 384 pixels (2361 positions), and
 no larger than its makers generate. `use_area`, or "area" under "weft" in config.json, chooses another size.
 """
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -25,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weft.atomic import write_json
+from weft.backbones.attention import grouped_attention
 from weft.backbones.base import (
     ChatFormat,
     DecodeStep,
@@ -32,11 +32,29 @@ from weft.backbones.base import (
     Elements,
     Kind,
     PictureForm,
-    SpecialTokens,
     run_decoder,
 )
-from weft.backbones.checkpoint import Checkpoint, LoadOptions, fill, place_decoder, read_json, read_tokenizer
-from weft.errors import CheckpointError, UsageError
+from weft.backbones.checkpoint import Checkpoint, LoadOptions, fill, fingerprint_of, read_json
+from weft.backbones.emu3_layouts import KEYS, read_config, rename
+from weft.backbones.emu3_tokens import (
+    BEGIN,
+    BEGIN_IMAGE,
+    END,
+    END_IMAGE,
+    FRAME_END,
+    IMAGE,
+    LINE_END,
+    PAD,
+    PLACEHOLDER,
+    code_name,
+    id_of,
+    special_tokens,
+)
+from weft.backbones.placement import place
+from weft.backbones.shards import write_weights
+from weft.backbones.tokenizer import byte_tokenizer, read_tokenizer
+from weft.codecs.pixels import to_picture, to_values
+from weft.errors import UsageError
 from weft.layout import ModalityLayout
 
 if TYPE_CHECKING:
@@ -54,20 +72,6 @@ RATIO = 5
 Chat = Literal["chat", "plain"]
 """Emu3-Chat's turns; or none, as Emu3-Gen takes a caption and continues with its picture."""
 SYSTEM = "You are a helpful assistant."
-BEGIN, END, PAD = "<|extra_203|>", "<|extra_204|>", "<|endoftext|>"
-BEGIN_IMAGE, IMAGE, END_IMAGE = "<|image start|>", "<|image token|>", "<|image end|>"
-LINE_END, FRAME_END, PLACEHOLDER = "<|extra_200|>", "<|extra_201|>", "<image>"
-KEYS = (
-    ("model.text_model.embed_tokens.", "table."),
-    ("model.text_model.", "decoder."),
-    ("lm_head.", "head."),
-    ("model.vqmodel.", "codec."),
-    ("text_model.model.embed_tokens.", "table."),
-    ("text_model.model.", "decoder."),
-    ("text_model.lm_head.", "head."),
-    ("vqmodel.", "codec."),
-)
-"""How a released key begins, and ours; the first that fits. Today's form, which `save` writes, then the older one."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,15 @@ class Emu3Backbone(nn.Module):
         self.vocabulary, self.codes, self.feature_width = text.vocab_size, config.vq_config.codebook_size, 0
         self.routing: RoutingState | None = None
         self.fingerprint = ""
-        rows = [_id_of(_code_name(code), tokenizer, config) for code in range(self.codes)]
+        rows = [id_of(code_name(code), tokenizer, config) for code in range(self.codes)]
         self._image, self._line_end, self._frame_end = (
-            _id_of(token, tokenizer, config) for token in (IMAGE, LINE_END, FRAME_END)
+            id_of(token, tokenizer, config) for token in (IMAGE, LINE_END, FRAME_END)
         )
         self._first_row = rows[0] if rows == list(range(rows[0], rows[0] + self.codes)) else None
-        self.tokens = _special_tokens(tokenizer, config, set(rows))
+        self.tokens = special_tokens(tokenizer, config, set(rows))
         self._set_chat(chat)
 
-        self.decoder = Emu3TextModel(text)
+        self.decoder = Emu3TextModel._from_config(text, attn_implementation=grouped_attention())
         self.decoder.name_or_path = name
         self.decoder.embed_tokens = None
         self.table = nn.Embedding(self.vocabulary, text.hidden_size)
@@ -216,13 +220,12 @@ class Emu3Backbone(nn.Module):
 
     def _encode(self, picture: "PILImage.Image") -> Elements:
         # Alone, not padded to a batch: the codec looks across the whole picture, padding would change its codes.
-        import numpy as np
         from PIL import Image as PILImage
 
         smallest, largest = (min(bound, self.area) for bound in (self.pixels.smallest, self.pixels.largest))
         size = width, height = fit(picture.size, self.factor, smallest, largest)
         resized = picture.resize(size, PILImage.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.asarray(resized).copy()).to(self.device).permute(2, 0, 1) / 255
+        pixels = to_values(resized).to(self.device) / 255
         mean, std = self._scale(pixels.device)
         codes = self.codec.encode(((pixels - mean) / std)[None], [(height, width)]).image_tokens[0]
         ids = F.pad(codes + self.vocabulary, (0, 1), value=self._line_end)
@@ -230,13 +233,10 @@ class Emu3Backbone(nn.Module):
 
     @torch.no_grad()
     def decode_image(self, elements: Elements, options: DecodingOptions | None = None) -> "PILImage.Image":
-        from PIL import Image as PILImage
-
         codes = elements.ids.to(self.device).view(elements.form.rows, elements.form.cols)[:, :-1] - self.vocabulary
         pixels = self.codec.decode(codes[None])[0]
         mean, std = self._scale(pixels.device)
-        values = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        return PILImage.fromarray(values.permute(1, 2, 0).cpu().numpy())
+        return to_picture((pixels * std + mean) * 255)
 
     def _scale(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(3, 1, 1) twice, such that (pixels in [0, 1] - mean) / std is what the codec reads and writes."""
@@ -280,39 +280,6 @@ def fit(size: tuple[int, int], factor: int, smallest: int, largest: int) -> tupl
     return cols * factor, rows * factor
 
 
-# --- tokens, by name --------------------------------------------------------------------------------------------------
-
-
-def _code_name(code: int) -> str:
-    return f"<|visual token {code:06d}|>"
-
-
-def _id_of(token: str, tokenizer: "Tokenizer", config: Any) -> int:
-    number = tokenizer.token_to_id(token)
-    if number is None or number >= config.text_config.vocab_size:
-        raise CheckpointError(
-            f"the vocabulary has no {token}", where="tokenizer.json", fix="use the tokenizer that came with the weights"
-        )
-    if config.vocabulary_map.get(token) != number:
-        raise CheckpointError(
-            f"{token} is {number} in tokenizer.json and {config.vocabulary_map.get(token)} in the vocabulary_map",
-            where="config.json",
-            fix="use the config and the tokenizer that came with the weights",
-        )
-    return number
-
-
-def _special_tokens(tokenizer: "Tokenizer", config: Any, codes: set[int]) -> SpecialTokens:
-    begin, end, pad, begin_image, end_image = (
-        _id_of(token, tokenizer, config) for token in (BEGIN, END, PAD, BEGIN_IMAGE, END_IMAGE)
-    )
-    named = {begin, end, pad, begin_image, end_image}
-    added = tokenizer.get_added_tokens_decoder()
-    words = set(tokenizer.get_vocab().values()) - added.keys()
-    others = set(range(config.text_config.vocab_size)) - words - codes - named
-    return SpecialTokens(begin, end, pad, end, begin_image, end_image, tuple(sorted(others)))
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -325,7 +292,7 @@ def load(checkpoint: Checkpoint, name: str, options: LoadOptions) -> Emu3Backbon
     Raises:
         CheckpointError: it is of another family, or tensors, tokens or settings are missing or do not fit together.
     """
-    config = _read_config(checkpoint)
+    config = read_config(checkpoint)
     own = getattr(config, "weft", {})
     is_gen = re.search("emu3-gen", f"{name} {checkpoint.folder.resolve()}", re.IGNORECASE)
     tokenizer = read_tokenizer(checkpoint.folder)
@@ -338,19 +305,10 @@ def load(checkpoint: Checkpoint, name: str, options: LoadOptions) -> Emu3Backbon
             own.get("chat", "plain" if is_gen else "chat"),
             own.get("area"),
         )
-    fill(model, checkpoint, _rename, partial(_cast, dtype=options.dtype), device=options.staging)
-    model.decoder = place_decoder(model.decoder, options)
-    for part in (model.table, model.head, model.codec):
-        part.to(options.device)
-    model.code_rows, model.unwritten = model.code_rows.to(options.device), model.unwritten.to(options.device)
+    fill(model, checkpoint, rename, partial(_cast, dtype=options.dtype), device=options.staging)
+    place(model, options)
     model.fingerprint = checkpoint.fingerprint
     return model.requires_grad_(False).eval()
-
-
-def _rename(key: str) -> str | None:
-    if key.endswith(".rotary_emb.inv_freq"):
-        return None  # computed from the config
-    return next((ours + key.removeprefix(theirs) for theirs, ours in KEYS if key.startswith(theirs)), key)
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -358,36 +316,6 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     return tensor.to(torch.float32 if key.startswith("codec.") else dtype)
-
-
-def _read_config(checkpoint: Checkpoint) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import Emu3Config
-
-    where, values = str(checkpoint.folder / "config.json"), checkpoint.config
-    if values.get("model_type") != "emu3":
-        raise CheckpointError(
-            f"this is a model of type {values.get('model_type')!r}, not 'emu3'",
-            where=where,
-            fix="use Emu3-community/Emu3-Chat-hf or Emu3-Gen-hf, not the repositories that bring their own code",
-        )
-    try:
-        config = Emu3Config.from_dict(values)
-        if not isinstance(config.vocabulary_map, dict):
-            raise ValueError("it has no vocabulary_map")
-        _check_own(getattr(config, "weft", {}))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"this is not the configuration of an Emu3: {error}", where=where, fix="use the one of the release"
-        ) from error
-    return config
-
-
-def _check_own(own: Any) -> None:
-    if not isinstance(own, dict) or not own.keys() <= {"chat", "area"}:
-        raise ValueError(f'"weft" may hold "chat" and "area", not {own}')
-    if own.get("chat", "chat") not in ("chat", "plain") or not isinstance(own.get("area", 0), int):
-        raise ValueError(f'"chat" is "chat" or "plain" and "area" is in pixels, not {own}')
 
 
 def _read_pixels(folder: Path) -> Pixels:
@@ -406,8 +334,6 @@ def _read_pixels(folder: Path) -> Pixels:
 
 def save(model: Emu3Backbone, folder: Path) -> None:
     """Write config, tokenizer, preprocessing and weights into an existing folder, as transformers reads them."""
-    from safetensors.torch import save_file
-
     values = {
         **model.config.to_dict(),
         "architectures": ["Emu3ForConditionalGeneration"],
@@ -430,10 +356,9 @@ def save(model: Emu3Backbone, folder: Path) -> None:
     for file, content in (
         ("config.json", values), ("tokenizer_config.json", tokens), ("preprocessor_config.json", preprocessing)
     ):  # fmt: skip
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / file, content)
     model.tokenizer.save(str(folder / "tokenizer.json"))
-    weights = {_released(key): tensor.contiguous() for key, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder, {_released(key): tensor for key, tensor in model.state_dict().items()})
 
 
 def _released(key: str) -> str:
@@ -447,16 +372,8 @@ def _released(key: str) -> str:
 @cache
 def _nano_tokenizer_json(codes: int) -> str:
     """Bytes, then the special tokens of the release that have a use, then the codes."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    special = [PAD, PLACEHOLDER, LINE_END, FRAME_END, BEGIN, END, BEGIN_IMAGE, END_IMAGE, IMAGE]
-    special += map(_code_name, range(codes))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate((*alphabet, *special))}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return tokenizer.to_str()
+    special = (PAD, PLACEHOLDER, LINE_END, FRAME_END, BEGIN, END, BEGIN_IMAGE, END_IMAGE, IMAGE)
+    return byte_tokenizer(last=(*special, *map(code_name, range(codes)))).to_str()
 
 
 def nano() -> Emu3Backbone:
@@ -487,8 +404,5 @@ def nano() -> Emu3Backbone:
                 # large enough that every layer matters to the logits that tests compare
                 nn.init.normal_(parameter, std=0.15)
         nn.init.normal_(model.head.weight, std=0.3)
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(key.encode() + tensor.numpy().tobytes())
-    model.fingerprint = digest.hexdigest()
+    model.fingerprint = fingerprint_of(model)
     return model.requires_grad_(False).eval()

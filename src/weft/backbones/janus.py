@@ -6,17 +6,16 @@
 Reads transformers' layout (deepseek-community/Janus-Pro-1B and its like) and the makers' own (deepseek-ai/...).
 """
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weft.atomic import write_json
 from weft.backbones.base import (
     ChatFormat,
     DecodeStep,
@@ -27,7 +26,12 @@ from weft.backbones.base import (
     SpecialTokens,
     run_decoder,
 )
-from weft.backbones.checkpoint import Checkpoint, LoadOptions, fill, place_decoder, read_json, read_tokenizer
+from weft.backbones.checkpoint import Checkpoint, LoadOptions, fill, fingerprint_of, read_json
+from weft.backbones.janus_layouts import PARTS, one_source_each, read_config, renaming
+from weft.backbones.placement import place
+from weft.backbones.shards import write_weights
+from weft.backbones.tokenizer import byte_tokenizer, read_tokenizer, token_id
+from weft.codecs.pixels import to_picture, to_values
 from weft.errors import CheckpointError, UsageError
 from weft.layout import FEATURE, ModalityLayout
 
@@ -46,59 +50,6 @@ SPECIAL = (
     "<end_of_image>",
 )
 ROLES = ("<|User|>", "<|Assistant|>")
-
-SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-"""The makers' system turn where pictures are read. Where one is to be drawn they give none."""
-
-PARTS = {
-    "model.language_model.embed_tokens.": "table.",
-    "model.language_model.": "decoder.",
-    "lm_head.": "head.",
-    "model.vision_model.": "vision.",
-    "model.aligner.": "aligner.",
-    "model.vqmodel.": "codec.",
-    "model.generation_embeddings.": "code_table.",
-    "model.generation_aligner.": "code_aligner.",
-    "model.generation_head.": "code_head.",
-}
-"""Prefixes of transformers' keys and of ours; the first that fits is meant."""
-
-_TOWER = r"^vision_model\.vision_tower\."
-MAKERS_KEYS: tuple[tuple[str, str], ...] = (
-    (r"^language_model\.lm_head\.", "head."),
-    (r"^language_model\.model\.embed_tokens\.", "table."),
-    (r"^language_model\.model\.", "decoder."),
-    (_TOWER + r"patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
-    (_TOWER + r"pos_embed$", "vision.embeddings.position_embedding.weight"),
-    (_TOWER + r"norm\.", "vision.post_layernorm."),
-    (_TOWER + r"blocks\.(\d+)\.norm(\d)\.", r"vision.encoder.layers.\1.layer_norm\2."),
-    (_TOWER + r"blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection_layer."),
-    (_TOWER + r"blocks\.(\d+)\.attn\.", r"vision.encoder.layers.\1.self_attn."),
-    (_TOWER + r"blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
-    (r"^gen_embed\.", "code_table."),
-    (r"^gen_head\.output_mlp_projector\.", "code_head.proj_out."),
-    (r"^gen_head\.", "code_head."),
-    (r"^gen_aligner\.", "code_aligner."),
-    (r"^(code_aligner|aligner)\.layers\.0\.", r"\1.fc1."),
-    (r"^(code_aligner|aligner)\.layers\.2\.", r"\1.hidden_layers.0."),
-    (r"^gen_vision_model\.", "codec."),
-    (r"^codec\.encoder\.conv_blocks\.", "codec.encoder.down."),
-    (r"^codec\.decoder\.conv_blocks\.", "codec.decoder.up."),
-    (r"^(codec\.\w+\.(?:down|up)\.\d+)\.res\.", r"\1.block."),
-    (r"^(codec\.\w+\.mid)\.0\.", r"\1.block_1."),
-    (r"^(codec\.\w+\.mid)\.1\.", r"\1.attn_1."),
-    (r"^(codec\.\w+\.mid)\.2\.", r"\1.block_2."),
-)
-"""Applied in this order to a key of the makers' layout, whose fused q, k and v have been split."""
-MAKERS_UNUSED = re.compile(_TOWER + r"attn_pool\.|^gen_vision_model\.quantize\.codebook_used$|rotary_emb\.inv_freq$")
-"""The tower's head, which Janus skips; a statistic of the codec's training; what old versions stored of a constant."""
-MAKERS_HEADS = 16
-"""Attention heads of every tower that the makers' code can build; tensors do not tell their number."""
-MAKERS_CODEC = (1, 1, 2, 2, 4)
-"""Channel multipliers of the codec, which the makers' code fixes."""
 
 
 @dataclass(frozen=True)
@@ -208,12 +159,8 @@ class JanusBackbone(nn.Module):
         elements: Elements,
         options: DecodingOptions = DecodingOptions(),
     ) -> "PILImage.Image":
-        from PIL import Image as PILImage
-
         codes = elements.ids.to(self.device) - self.vocabulary
-        pixels = self.codec.decode(codes[None])[0].clamp(-1, 1)
-        values = ((pixels + 1) * 127.5).round().to(torch.uint8)
-        return PILImage.fromarray(values.permute(1, 2, 0).cpu().numpy())
+        return to_picture((self.codec.decode(codes[None])[0] + 1) * 127.5)
 
     # --- the stack and its heads ------------------------------------------------------------------------------------
 
@@ -254,15 +201,10 @@ class JanusBackbone(nn.Module):
 
 
 def _special_tokens(tokenizer: "Tokenizer") -> SpecialTokens:
-    ids = {token: id for token in SPECIAL if (id := tokenizer.token_to_id(token)) is not None}
-    missing = [token for token in SPECIAL if token not in ids]
-    if missing:
-        raise CheckpointError(
-            f"the tokenizer has no {', '.join(missing)}", fix="use the tokenizer.json that belongs to the model"
-        )
-    begin, end, pad, begin_image, end_image = ids.values()
+    ids = [token_id(tokenizer, token) for token in SPECIAL]
+    begin, end, pad, begin_image, end_image = ids
     special = (id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-    others = tuple(sorted(set(special) - set(ids.values())))
+    others = tuple(sorted(set(special) - set(ids)))
     return SpecialTokens(begin, end, pad, end, begin_image, end_image, others)
 
 
@@ -311,7 +253,7 @@ def _to_read(picture: "PILImage.Image", side: int, reading: Reading) -> Tensor:
     fitted = picture.resize((width, height), PILImage.Resampling.BICUBIC)
     square.paste(fitted, ((edge - width) // 2, (edge - height) // 2))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (reading.image_mean, reading.image_std))
-    return (_values(square) / 255 - mean) / std
+    return (to_values(square) / 255 - mean) / std
 
 
 def _to_write(picture: "PILImage.Image", side: int) -> Tensor:
@@ -321,13 +263,7 @@ def _to_write(picture: "PILImage.Image", side: int) -> Tensor:
     edge = min(picture.size)
     left, top = (picture.width - edge) / 2, (picture.height - edge) / 2
     square = picture.resize((side, side), PILImage.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))
-    return _values(square) / 127.5 - 1
-
-
-def _values(picture: "PILImage.Image") -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float()
+    return to_values(square) / 127.5 - 1
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -340,7 +276,7 @@ def load(checkpoint: Checkpoint, name: str, options: LoadOptions) -> JanusBackbo
         CheckpointError: another family; the configuration, the tokenizer or a tensor is missing, damaged or does not
             fit. No tensor was read by then.
     """
-    config = _read_config(checkpoint)
+    config = read_config(checkpoint)
     tokenizer, reading = read_tokenizer(checkpoint.folder), _read_reading(checkpoint.folder)
     with torch.device("meta"):
         model = JanusBackbone(config, tokenizer, name, reading)
@@ -350,28 +286,19 @@ def load(checkpoint: Checkpoint, name: str, options: LoadOptions) -> JanusBackbo
             tensor = tensor[0]
         return tensor.to(torch.float32 if key.startswith("codec.") else options.dtype)
 
-    rename = _rename_makers if _is_makers(checkpoint) else _rename
-    fill(model, _one_source_each(checkpoint, config), rename, prepare, device=options.staging)
-    model.decoder = place_decoder(model.decoder, options)
-    for part_name, part in model.named_children():
-        if part_name != "decoder":
-            part.to(options.device)
-    model.is_no_text = model.is_no_text.to(options.device)
+    fill(model, one_source_each(checkpoint, config), renaming(checkpoint), prepare, device=options.staging)
+    place(model, options)
     model.fingerprint = checkpoint.fingerprint
     return model.requires_grad_(False).eval()
 
 
 def save(model: JanusBackbone, folder: Path) -> None:
     """Write configurations, tokenizer and weights into an existing folder, in transformers' layout."""
-    import json
-
-    from safetensors.torch import save_file
-
     theirs = {ours: key for key, ours in PARTS.items()}
     tensors = {}
     for key, tensor in model.state_dict().items():
         part, _, rest = key.partition(".")
-        tensors[theirs[f"{part}."] + rest] = tensor.contiguous()
+        tensors[theirs[f"{part}."] + rest] = tensor
     config = model.config.to_dict() | {
         "architectures": ["JanusForConditionalGeneration"],
         "tie_word_embeddings": False,  # two tensors here, whatever the checkpoint's were
@@ -383,81 +310,10 @@ def save(model: JanusBackbone, folder: Path) -> None:
     reading = {
         "image_processor_type": "JanusImageProcessor", "size": {"height": side, "width": side}, **asdict(model.reading)
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(reading, indent=2) + "\n")
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", reading)
     model.tokenizer.save(str(folder / "tokenizer.json"))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _is_makers(checkpoint: Checkpoint) -> bool:
-    return checkpoint.config.get("model_type") == "multi_modality"
-
-
-def _read_config(checkpoint: Checkpoint) -> "JanusConfig":
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import JanusConfig
-
-    where = str(checkpoint.folder / "config.json")
-    kind = checkpoint.config.get("model_type")
-    if kind not in ("janus", "multi_modality"):
-        raise CheckpointError(
-            f"this is no Janus: its model_type is {kind!r}", where=where, fix="give a folder of Janus or Janus-Pro"
-        )
-    try:
-        values = _makers_config(checkpoint) if _is_makers(checkpoint) else checkpoint.config
-        config = JanusConfig.from_dict(values)
-        width, vision, codec = config.text_config.hidden_size, config.vision_config, config.vq_config
-        inner = {
-            "vision_config.projection_dim": vision.projection_dim,
-            "vq_config.projection_dim": codec.projection_dim,
-            "vq_config.image_token_embed_dim": codec.image_token_embed_dim,
-        }
-        wrong = [f"{field} is {value}" for field, value in inner.items() if value != width]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}, and text_config.hidden_size is {width}")
-    except KeyError as error:
-        raise CheckpointError(
-            f"this is no Janus or Janus-Pro: {error} is missing",
-            where=where,
-            fix="JanusFlow, which has the same model_type, is another family; else fetch the file again",
-        ) from error
-    except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"this is no configuration of Janus: {error}", where=where, fix="fetch it again"
-        ) from error
-    return config
-
-
-def _makers_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Their configuration in transformers' words; what they fix in code is read off the tensors."""
-    values, tensors = checkpoint.config, checkpoint.tensors
-    aligner, gen_aligner, gen_vision, gen_head = (
-        values[f"{part}_config"]["params"] for part in ("aligner", "gen_aligner", "gen_vision", "gen_head")
-    )
-    tower, codec = "vision_model.vision_tower.", "gen_vision_model.encoder."
-    width, _, patch, _ = tensors[f"{tower}patch_embed.proj.weight"].shape
-    inner = tensors[f"{tower}blocks.0.mlp.fc1.weight"].shape[0]
-    layers = {key.split(".")[3] for key in tensors if key.startswith(f"{tower}blocks.")}
-    side = values["vision_config"]["params"]["image_size"]
-    return {
-        "model_type": "janus",
-        "tie_word_embeddings": False,
-        "text_config": {
-            "model_type": "llama", **{k: v for k, v in values["language_config"].items() if not k.startswith("_")}
-        },
-        "vision_config": {
-            "hidden_size": width, "num_hidden_layers": len(layers), "num_attention_heads": MAKERS_HEADS,
-            "image_size": side, "patch_size": patch, "mlp_ratio": inner / width, "projection_dim": aligner["n_embed"],
-            "depth": aligner["depth"], "num_image_tokens": (side // patch) ** 2,
-        },
-        "vq_config": {
-            "embed_dim": gen_vision["n_embed"], "num_embeddings": gen_vision["image_token_size"],
-            "base_channels": tensors[f"{codec}conv_in.weight"].shape[0],
-            "latent_channels": tensors[f"{codec}conv_out.weight"].shape[0], "channel_multiplier": list(MAKERS_CODEC),
-            "projection_dim": gen_aligner["n_embed"], "num_hidden_layers": gen_aligner["depth"],
-            "image_token_embed_dim": gen_head["image_token_embed"],
-        },
-    }  # fmt: skip
+    write_weights(folder, tensors)
 
 
 def _read_reading(folder: Path) -> Reading:
@@ -481,57 +337,18 @@ def _read_reading(folder: Path) -> Reading:
     return Reading()
 
 
-def _rename(key: str) -> str | None:
-    if key.endswith("rotary_emb.inv_freq"):
-        return None
-    for theirs, ours in PARTS.items():
-        if key.startswith(theirs):
-            return ours + key.removeprefix(theirs)
-    return key
-
-
-def _rename_makers(key: str) -> str | None:
-    if MAKERS_UNUSED.search(key):
-        return None
-    for theirs, ours in MAKERS_KEYS:
-        key = re.sub(theirs, ours, key)
-    return key
-
-
-def _one_source_each(checkpoint: Checkpoint, config: "JanusConfig") -> Checkpoint:
-    """Every tensor under a name of its own: fused q, k and v as three runs of rows, a tied head beside its table."""
-    tensors = {}
-    for key, info in checkpoint.tensors.items():
-        fused = re.fullmatch(_TOWER + r"(.*)\.qkv\.(weight|bias)", key)
-        if fused is None:
-            tensors[key] = info
-            continue
-        third = replace(info, shape=(info.shape[0] // 3, *info.shape[1:]))
-        for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            tensors[key.replace("qkv", name)] = replace(third, start=info.start + i * third.bytes)
-    table = "model.language_model.embed_tokens.weight"
-    if config.tie_word_embeddings and "lm_head.weight" not in tensors and table in tensors:
-        tensors["lm_head.weight"] = tensors[table]
-    return replace(checkpoint, tensors=tensors)
-
-
 # --- for tests --------------------------------------------------------------------------------------------------------
 
 
 def nano() -> JanusBackbone:
     """Random weights, fixed by a seed: 2 layers of width 32, pictures of 2 x 2 elements, a byte vocabulary."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import JanusConfig
 
     special = (*SPECIAL, *ROLES, "<image_placeholder>")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate((*special, *alphabet))}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer = byte_tokenizer(special)
     config = JanusConfig(
         text_config={
-            "model_type": "llama", "vocab_size": len(special) + len(alphabet), "hidden_size": 32,
+            "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 32,
             "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
             "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
         },
@@ -557,9 +374,5 @@ def nano() -> JanusBackbone:
                 nn.init.normal_(parameter, std=0.1)
         nn.init.normal_(model.head.weight, std=0.3)
         nn.init.normal_(model.code_head.vision_head.weight, std=0.3)
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    model.fingerprint = digest.hexdigest()
+    model.fingerprint = fingerprint_of(model)
     return model.requires_grad_(False).eval()

@@ -4,7 +4,7 @@
     tokenizer/{text_tokenizer.json, vqgan.yaml, vqgan.ckpt}
 
 Done once, because these are pickles, read with `weights_only`. Tensor by tensor: memory holds about two of the files
-that are written, `SHARD` bytes each, whatever the size of the model.
+that are written (`shards.py`), whatever the size of the model.
 """
 
 import json
@@ -25,19 +25,18 @@ from weft.backbones.chameleon import (
     in_transformers_layout,
     read_config,
 )
-from weft.backbones.checkpoint import read_json
+from weft.backbones.checkpoint import few, read_json
+from weft.backbones.pickles import read_pickle
+from weft.backbones.shards import write_made
 from weft.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SHARD = 2 * 2**30
 CONTEXT = 4096
 """Positions; no file of the release says it."""
 IMAGE, RESERVED = "<image>", "<reserved08707>"
 """transformers' placeholder of a picture, and the spare token that it renames."""
-NAMED = 3
-"""Keys that a message names before it counts the rest."""
 VQ_NAMES = {
     "embed_dim": "embed_dim", "n_embed": "num_embeddings", "z_channels": "latent_channels", "double_z": "double_latent",
     "ch": "base_channels", "ch_mult": "channel_multiplier", "in_channels": "in_channels", "out_ch": "out_channels",
@@ -86,8 +85,8 @@ def convert(source: Path, out: Path) -> None:
     files = _shard_files(weights, params)
     tokenizer = _tokenizer(_file(tokens, "text_tokenizer.json"))
     vq_config = _vq_config(_file(tokens, "vqgan.yaml"))
-    vqgan = _load(_file(tokens, "vqgan.ckpt"), within="state_dict")
-    shards = [_load(file) for file in files]
+    vqgan = read_pickle(_file(tokens, "vqgan.ckpt"), "state_dict")
+    shards = [read_pickle(file) for file in files]
 
     pieces = _merged(shards, params, files[0])
     # losses of its training may have been kept in it
@@ -98,9 +97,9 @@ def convert(source: Path, out: Path) -> None:
     sizes = _check(pieces, in_transformers_layout(wanted), weights)
     config["dtype"] = str(shards[0]["output.weight"].dtype).removeprefix("torch.")
     with write_folder(out) as staging:
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(staging / "config.json", config)
         tokenizer.save(str(staging / "tokenizer.json"))
-        _write(staging, pieces, sizes)
+        write_made(sizes, lambda key: pieces[key].make(), staging)
 
 
 # --- files of the release ---------------------------------------------------------------------------------------------
@@ -145,24 +144,6 @@ def _shard_files(weights: Path, params: dict[str, Any]) -> list[Path]:
     found = len(list(weights.glob("consolidated.*.pth")))
     count = max(params.get("model_parallel_size") or 1, found)
     return [_file(weights, f"consolidated.{i:02d}.pth") for i in range(count)]
-
-
-def _load(path: Path, within: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a pickle, left on the disk until they are used."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a refused pickle, a damaged one and a cut archive are different types
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"this cannot be read as tensors alone, and what else a pickle holds could run code: {reason}",
-            where=str(path),
-            fix="fetch the original file of the release again",
-        ) from error
-    if within is not None:
-        tensors = tensors.get(within) if isinstance(tensors, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise CheckpointError("this is no dictionary of tensors", where=str(path), fix=_RELEASE)
-    return tensors
 
 
 def _vq_config(path: Path) -> dict[str, Any]:
@@ -317,29 +298,4 @@ def _check(pieces: Mapping[str, _Piece], wanted: Mapping[str, Tensor], weights: 
 def _refuse(where: Path, **troubles: Iterable[str]) -> None:
     for trouble, keys in troubles.items():
         if named := sorted(keys):
-            more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-            raise CheckpointError(
-                f"tensors {trouble.replace('_', ' ')}: {', '.join(named[:NAMED])}{more}", where=str(where), fix=_RELEASE
-            )
-
-
-def _write(folder: Path, pieces: Mapping[str, _Piece], sizes: Mapping[str, int]) -> None:
-    from safetensors.torch import save_file
-
-    groups: list[list[str]] = [[]]
-    room = SHARD
-    for key, size in sizes.items():
-        if size > room and groups[-1]:
-            groups.append([])
-            room = SHARD
-        groups[-1].append(key)
-        room -= size
-    names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    if len(groups) == 1:
-        names = ["model.safetensors"]
-    for name, keys in zip(names, groups, strict=True):
-        save_file({key: pieces[key].make() for key in keys}, folder / name, metadata={"format": "pt"})
-    if len(groups) > 1:
-        files = {key: name for name, keys in zip(names, groups, strict=True) for key in keys}
-        total = sum(sizes.values())
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})
+            raise CheckpointError(f"tensors {trouble.replace('_', ' ')}: {few(named)}", where=str(where), fix=_RELEASE)

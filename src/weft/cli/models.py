@@ -174,6 +174,9 @@ def _size(parameters: int) -> str:
     return f"{parameters / 1e9:.1f} B" if parameters >= 10**8 else f"{parameters / 1e6:.1f} M"
 
 
+WIDTH = 100
+
+
 def _print_table(rows: "tuple[Known, ...]") -> None:
     from rich.console import Console
     from rich.table import Table
@@ -189,7 +192,10 @@ def _print_table(rows: "tuple[Known, ...]") -> None:
         licence = known.licence.partition(":")[0]
         row = (_size(known.parameters), f"{known.context:,}", str(known.pictures), run, train, licence)
         table.add_row(known.name, *row)
-    Console().print(table)
+    console = Console()
+    # a column would be dropped rather than a line be broken
+    console.width = max(console.width, WIDTH)
+    console.print(table)
 
 
 def _print_facts(facts: dict[str, Any]) -> None:

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
+from weft.codecs.pixels import to_values
 from weft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ class VQGAN(nn.Module):
 
     def prepare(self, picture: "PILImage.Image") -> Tensor:
         """An RGB picture of any size -> (3, side, side): the shorter edge to `side` by Lanczos, the centre cut out."""
-        import numpy as np
         from PIL import Image as PILImage
 
         width, height = picture.size
@@ -65,7 +64,7 @@ class VQGAN(nn.Module):
             picture = picture.resize(size, PILImage.Resampling.LANCZOS)
         left, top = (picture.width - self.side) // 2, (picture.height - self.side) // 2
         picture = picture.crop((left, top, left + self.side, top + self.side))
-        return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) * RESCALE - 1
+        return to_values(picture) * RESCALE - 1
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(M, 3, side, side) -> (M, P) int64 codes, row by row."""
@@ -128,11 +127,3 @@ def released_key(key: str, levels: int) -> str:
 
 def _reversed(key: str, levels: int) -> str:
     return LEVEL.sub(lambda match: f"{match[1]}{levels - 1 - int(match[2])}{match[3]}", key)
-
-
-def to_picture(pixels: Tensor) -> "PILImage.Image":
-    """(3, rows, cols) in [-1, 1] -> RGB picture."""
-    from PIL import Image as PILImage
-
-    values = ((pixels + 1) * 127.5).round().to(torch.uint8)
-    return PILImage.fromarray(values.permute(1, 2, 0).cpu().numpy())

@@ -6,7 +6,7 @@ when its row leaves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -32,6 +32,17 @@ class _Frame:
     width: int
     every_slot: bool
     """Row b is slot b, for every slot."""
+    _places: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+
+    def places(self, stored: Tensor) -> Tensor:
+        """(B * H * q,) rows of `stored` (slots, H, length, C), taken as (slots * H * length, C), that are written."""
+        heads, length = stored.shape[1:3]
+        key = heads, stored.device
+        if key not in self._places:  # once for all layers of a device
+            head = torch.arange(heads, device=self.slots.device)
+            places = (self.slots[:, None] * heads + head)[..., None] * length + self.positions[:, None]
+            self._places[key] = places.flatten().to(stored.device)
+        return self._places[key]
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -64,7 +75,7 @@ class _SlotLayer(CacheLayerMixin):
         if frame.width > self.keys.shape[2]:
             self._grow(frame.width)
         for stored, states in ((self.keys, key_states), (self.values, value_states)):
-            stored[frame.slots[:, None], :, frame.positions] = states.transpose(1, 2)
+            stored.view(-1, stored.shape[-1]).index_copy_(0, frame.places(stored), states.flatten(0, 2))
         if frame.every_slot:
             return self.keys[:, :, : frame.width], self.values[:, :, : frame.width]
         return self.keys[frame.slots, :, : frame.width], self.values[frame.slots, :, : frame.width]

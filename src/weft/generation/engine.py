@@ -208,13 +208,15 @@ class Engine:
         step = self._cache.step(positions, reach=max(each.position for each in inputs) + 1, rings=self._rings)
         embeds = self._backbone.embed(ids, layout, self._vectors)
         hidden = self._backbone.forward(embeds, layout, step)[:, 0]
-        chosen = self._choose(hidden, inputs)
+        rows = list(self._rows.values())
+        forced = [row.state.forced() for row in rows]
+        # where no row has a choice, no head is run
+        chosen = self._choose(hidden, inputs) if None in forced else []
         events: list[Event] = []
-        for row in list(self._rows.values()):
+        for row, without_choice in zip(rows, forced, strict=True):
             for place in row.places:
                 place.position += inputs[place.slot].is_real
-            forced = row.state.forced()
-            events += self._take(row, chosen[row.place.slot] if forced is None else forced)
+            events += self._take(row, chosen[row.place.slot] if without_choice is None else without_choice)
         return events
 
     def _inputs(self) -> list[Input]:

@@ -4,9 +4,8 @@
 tests. Both run the code path that real checkpoints take.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +25,9 @@ from weft.backbones.base import (
     SpecialTokens,
     run_decoder,
 )  # fmt: skip
+from weft.backbones.checkpoint import fingerprint_of
+from weft.backbones.tokenizer import byte_tokenizer, token_id
+from weft.codecs.pixels import to_picture, to_values
 from weft.codecs.vq import VQCodec, VQConfig
 from weft.errors import CheckpointError, UsageError
 from weft.layout import ModalityLayout
@@ -65,7 +67,7 @@ class TinyBackbone(nn.Module):
         self.config, self.name, self.tokenizer = config, name, tokenizer
         # text that spells a control token stays text
         tokenizer.encode_special_tokens = True
-        pad, begin, end, separator, begin_image, end_image = map(_id_in(tokenizer), SPECIAL)
+        pad, begin, end, separator, begin_image, end_image = (token_id(tokenizer, token) for token in SPECIAL)
         self.tokens = SpecialTokens(begin, end, pad, separator, begin_image, end_image)
         self.chat = ChatFormat((begin,), user=((), (separator,)), assistant=((), (separator,)), end=(end,))
         self.vocabulary, self.codes, self.feature_width = config.vocabulary, config.codec.codes, 0
@@ -130,11 +132,8 @@ class TinyBackbone(nn.Module):
 
     @torch.no_grad()
     def decode_image(self, elements: Elements, options: DecodingOptions = DecodingOptions()) -> "PILImage.Image":
-        from PIL import Image as PILImage
-
         pixels = self.codec.decode(elements.ids[None].to(self.device) - self.vocabulary)[0]
-        values = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return PILImage.fromarray(values.permute(1, 2, 0).cpu().numpy())
+        return to_picture((pixels + 1) * 127.5)
 
     # --- the stack and its heads ------------------------------------------------------------------------------------
 
@@ -158,28 +157,15 @@ class TinyBackbone(nn.Module):
         raise NotImplementedError("pictures are codes")
 
 
-def _id_in(tokenizer: "Tokenizer") -> Callable[[str], int]:
-    def look_up(token: str) -> int:
-        number = tokenizer.token_to_id(token)
-        if number is None:
-            raise CheckpointError(
-                f"the tokenizer has no {token}", fix="use the tokenizer that was saved with the model"
-            )
-        return number
-
-    return look_up
-
-
 def _to_tensor(picture: "PILImage.Image", side: int) -> Tensor:
     """Any RGB picture -> (3, side, side) in [-1, 1]: centre crop to a square, then area-averaged."""
-    import numpy as np
     from PIL import Image as PILImage
 
     if picture.size != (side, side):
         edge = min(picture.size)
         left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
         picture = picture.resize((side, side), PILImage.Resampling.BOX, box=(left, top, left + edge, top + edge))
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return to_values(picture) / 127.5 - 1
 
 
 def load(name: str) -> TinyBackbone:
@@ -245,26 +231,16 @@ def _load_strictly(model: nn.Module, weights: dict[str, Tensor], folder: Path) -
 
 def _frozen(model: TinyBackbone) -> TinyBackbone:
     model.requires_grad_(False).eval()
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    model.fingerprint = digest.hexdigest()
+    model.fingerprint = fingerprint_of(model)
     return model
 
 
 def _nano() -> TinyBackbone:
     """Random weights, fixed by a seed: 2 layers of width 32, pictures of 2 x 2 codes, a byte vocabulary."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({**{t: i for i, t in enumerate((*SPECIAL, *alphabet))}}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer = byte_tokenizer(SPECIAL)
     codec = VQConfig(side=16, patch=8, codes=16, code_width=4, hidden=16, widths=(8, 8, 8))
     config = TinyConfig(
-        len(SPECIAL) + len(alphabet), width=32, layers=2, heads=2, mlp=64, context_length=512, codec=codec
+        tokenizer.get_vocab_size(), width=32, layers=2, heads=2, mlp=64, context_length=512, codec=codec
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
