@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from PIL import Image as PILImage
+from safetensors.torch import load_file
 
 from weft import cli
 from weft.adapters import AdapterConfig, adapter_parameters, attach, save_adapter
@@ -70,6 +71,21 @@ def test_weights_may_be_held_in_half_precision(capsys):
     assert "picture_1.png" in capsys.readouterr().out
     assert run("generate", model, "hi", "--quantize", "4bit", "--out", "other", *BRIEF) == 2
     assert "CUDA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_is_trained_on_weights_in_half_precision(family, capsys):
+    model = write(family)
+    write_documents()
+    Path("recipe.yaml").write_text(f"model: {model}\ndata: {{path: documents.jsonl}}\nadapter: {{rank: 2}}\n")
+    short = ("--schedule.steps", "2", "--schedule.warmup", "1", "--optim.batch", "2")
+    half = ("--load.dtype", "bf16", "--precision", "bf16")
+    assert run("train", "recipe.yaml", *short, *half, "--out", "run") == 0
+    adapter = load_file("run/adapter/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    if family == "emu2":
+        assert run("adapter", "verify", "run/adapter", "--dtype", "bf16") == 0
+        assert "bit by bit" in capsys.readouterr().out
 
 
 def test_sizes_are_asked_for_by_pixels(capsys):

@@ -8,6 +8,7 @@ them there is `attach`.
 
 import contextlib
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -78,10 +79,14 @@ def attach(backbone: Adaptable, config: AdapterConfig, *, seed: int = 0) -> Peft
 
 def recompute_layers(backbone: Adaptable) -> None:
     """Compute the activations of an adapted decoder stack's layers again in the backward pass, to save memory."""
+    # it warns that gradients would not reach embeddings, which are frozen and outside the stack
+    logger, quiet = logging.getLogger("transformers.modeling_utils"), lambda _: False
+    logger.addFilter(quiet)
     with warnings.catch_warnings():
         # transformers 5.23 gives the method a new name, PEFT 0.21 has the old one
         warnings.simplefilter("ignore", FutureWarning)
         _adapted(backbone).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    logger.removeFilter(quiet)
 
 
 def detach(backbone: Adaptable) -> None:

@@ -23,10 +23,15 @@ class LoadConfig(Config):
     """Linear layers of the decoder stack, on a CUDA device."""
 
     def options(self, device: str = "cpu") -> "LoadOptions":
-        """The same for a loader; `device` is used where none is named."""
+        """The same for a loader; `device` is used where none is named.
+
+        What is spread over GPUs or quantised has its other parts on the first GPU.
+        """
         import torch
 
         from weft.backbones.checkpoint import LoadOptions
 
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        if (self.device_map or self.quantize) and device == "cpu" and torch.cuda.is_available():
+            device = "cuda:0"
         return LoadOptions(dtypes[self.dtype], self.device or device, self.device_map, self.quantize)

@@ -132,14 +132,14 @@ def merge_adapter(folder: Path, out: Path, model: str | None = None, load: LoadC
     return Verified(sum(map(len, sequences)), from_base, difference)
 
 
-def export_adapter(folder: Path, out: Path, model: str | None = None) -> None:
+def export_adapter(folder: Path, out: Path, model: str | None = None, load: LoadConfig = LoadConfig()) -> None:
     """Write the text branch of an adapter folder as a plain LoRA folder; see `export_text_lora`.
 
     Raises:
         UsageError: no base is named.
         AdapterError: the folder does not fit its base, or its text branch is no LoRA.
     """
-    backbone = load_model(model or _base_name(folder), folder)
+    backbone = load_model(model or _base_name(folder), folder, load)
     export_text_lora(cast(PeftModel, backbone.decoder), out)
 
 

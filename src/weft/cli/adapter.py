@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from weft.cli.loading import Loading
 from weft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def inspect(folder: Path, /, *, json_output: Json = False) -> None:
 
 
 @app.command
-def verify(folder: Path, /, *, model: str | None = None, json_output: Json = False) -> None:
+def verify(
+    folder: Path, /, *, model: str | None = None, json_output: Json = False, loading: Loading = Loading()
+) -> None:
     """Load base and adapter in a fresh process and compare every bit of the logits. Exits 1 if anything is wrong.
 
     Parameters
@@ -62,7 +65,7 @@ def verify(folder: Path, /, *, model: str | None = None, json_output: Json = Fal
     """
     from weft.backbones.reload import verify_adapter
 
-    found = verify_adapter(folder, model)
+    found = verify_adapter(folder, model, load=loading.config())
     if json_output:
         print(json.dumps({"ok": True, **asdict(found)}))
         return
@@ -81,6 +84,7 @@ def merge(
     text: Annotated[bool, Parameter(negative=())] = False,
     model: str | None = None,
     json_output: Json = False,
+    loading: Loading = Loading(),
 ) -> None:
     """Add the text branch to the base model's weights and write a model that serves text only, without an adapter.
 
@@ -108,7 +112,7 @@ def merge(
             fix="add --text for a model that serves text only, or keep the adapter in its folder",
         )
     _check_new(out)
-    found = merge_adapter(folder, out, model)
+    found = merge_adapter(folder, out, model, loading.config())
     if json_output:
         print(json.dumps({"written_to": str(out), **asdict(found)}))
         return
@@ -117,7 +121,7 @@ def merge(
 
 
 @app.command
-def export(folder: Path, /, *, out: Path, model: str | None = None) -> None:
+def export(folder: Path, /, *, out: Path, model: str | None = None, loading: Loading = Loading()) -> None:
     """Write the text branch as a plain LoRA folder, which PEFT loads without Weft.
 
     Parameters
@@ -132,7 +136,7 @@ def export(folder: Path, /, *, out: Path, model: str | None = None) -> None:
     from weft.backbones.reload import export_adapter
 
     _check_new(out)
-    export_adapter(folder, out, model)
+    export_adapter(folder, out, model, loading.config())
     print(f"written to {out}", file=sys.stderr)
 
 

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from weft.cli.loading import Loading
 from weft.document import Document, Image, Text, from_json, user
 from weft.errors import DocumentError, UsageError
 from weft.images import read_image
@@ -52,23 +53,6 @@ class Sampling:
         return given
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Loading:
-    """How the model's weights are held; for released checkpoints."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a repository on the hub."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the weights."""
-    device: str | None = None
-    """Such as cpu or cuda:0; by default the CPU."""
-    device_map: str | None = None
-    """`auto`: spread over the GPUs that there are."""
-    quantize: Literal["8bit", "4bit"] | None = None
-    """Weights of 8 or 4 bits, on a CUDA device."""
-
-
 def generate(
     model: str,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
@@ -105,7 +89,6 @@ def generate(
         Print one JSON object for programs instead.
     """
     from weft.backbones import load_model
-    from weft.backbones.loading import LoadConfig
     from weft.config import load_config
     from weft.generation import Engine, SamplingConfig, collect, slots_for
     from weft.generation.render import write_answer, write_page
@@ -113,7 +96,7 @@ def generate(
     place = _place(out, html)
     config = load_config(SamplingConfig, overrides=sampling.overrides())
     document = _read_prompt(prompt, image)
-    backbone = load_model(model, adapter, load_config(LoadConfig, overrides=asdict(loading)))
+    backbone = load_model(model, adapter, loading.config())
     engine = Engine(backbone, slots=slots_for(backbone, config))
     engine.submit(document, config)
     answer = collect(engine.run() if json_output else _shown(engine.run()))

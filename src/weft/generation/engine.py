@@ -80,6 +80,8 @@ class Engine:
             self._vectors = torch.zeros(slots, 1, backbone.feature_width, device=self._device)
         self._blank: dict[PictureForm, Tensor | None] = {}
         self._permitted: Tensor | None = None
+        nothing = torch.zeros(2, slots)
+        self._guiding: tuple[list[int], Tensor, Tensor] = ([], nothing, nothing)
         self._waiting: deque[Request] = deque()
         self._rows: dict[int, Row] = {}
         self._free = list(range(slots))
@@ -272,6 +274,14 @@ class Engine:
         guided = [row for row in self._rows.values() if row.is_guided]
         if not guided:
             return logits
+        requests = [row.request.id for row in guided]
+        if requests != self._guiding[0]:  # the same from step to step while pictures are being written
+            self._guiding = requests, *self._lead_away(guided)
+        _, (without_text, without_all), (text, images) = self._guiding
+        return guide(logits, logits[without_text], logits[without_all], text, images)
+
+    def _lead_away(self, guided: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """(2, B) the slots that each slot is led away from, itself where it is not; and (2, B) by how much."""
         sources = [list(range(self._slots)) for _ in range(2)]
         scales = [[1.0] * self._slots for _ in range(2)]
         for row in guided:
@@ -280,8 +290,7 @@ class Engine:
                 sources[kind][slot] = shadow.slot
             for kind, scale in enumerate(row.request.guidance):
                 scales[kind][slot] = scale
-        text, images = torch.tensor(scales, device=self._device)
-        return guide(logits, logits[sources[0]], logits[sources[1]], text, images)
+        return torch.tensor(sources, device=self._device), torch.tensor(scales, device=self._device)
 
     def _take(self, row: Row, element: int) -> list[Event]:
         """Add an element to an answer."""
