@@ -41,6 +41,7 @@ from weft.generation.sampling import GREEDY, INVALID, Draws, SamplingConfig, cho
 from weft.generation.state import AnswerState, May, room_needed
 from weft.generation.text import TextStream
 from weft.layout import FEATURE, ImageSpan, Modality, TextSpan, TokenSequence, lay_out
+from weft.ops.packed_linear import Packs
 
 SMALLEST_PICTURE = 3
 """Positions of the smallest picture there can be: what opens it, one element, what closes it."""
@@ -71,6 +72,7 @@ class Engine:
             from weft.adapters.rings import RingCache
 
             self._rings = RingCache(slots, columns=backbone.widest)
+        self._packs = Packs(backbone.decoder, slots)
         # rows and columns of the pictures being written, by slot and number in the sequence
         pictures = self._context // SMALLEST_PICTURE + 1
         self._grids = torch.zeros(slots, pictures, 2, dtype=torch.int64, device=self._device)
@@ -209,7 +211,8 @@ class Engine:
         ids, positions, layout = to_tensors(inputs, self._grids)
         step = self._cache.step(positions, reach=max(each.position for each in inputs) + 1, rings=self._rings)
         embeds = self._backbone.embed(ids, layout, self._vectors)
-        hidden = self._backbone.forward(embeds, layout, step)[:, 0]
+        with self._packs.in_use():
+            hidden = self._backbone.forward(embeds, layout, step)[:, 0]
         rows = list(self._rows.values())
         forced = [row.state.forced() for row in rows]
         # where no row has a choice, no head is run
