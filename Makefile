@@ -47,6 +47,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.tiny
 	$(BIN)/python -m benchmarks.causal_conv --quick
 	$(BIN)/python -m benchmarks.adapters --quick
+	$(BIN)/python -m benchmarks.decode --quick
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

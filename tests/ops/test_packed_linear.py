@@ -39,7 +39,7 @@ def multiplied(monkeypatch):
 @pytest.mark.parametrize("rows", [4, 8, 33])
 def test_products_are_those_of_the_layer(bias, rows, multiplied):
     module = stack(bias)
-    packs, x = Packs(module, rows), torch.randn(rows, 1, 48)
+    packs, x = Packs([module], rows), torch.randn(rows, 1, 48)
     with torch.no_grad():
         expected = module(x)
         assert not multiplied
@@ -54,14 +54,14 @@ def test_a_row_does_not_depend_on_its_neighbours():
     module, x = stack(), torch.randn(8, 48)
     other = torch.randn(8, 48)
     other[3] = x[3]
-    packs = Packs(module, 8)
+    packs = Packs([module], 8)
     with torch.no_grad(), packs.in_use():
         assert torch.equal(module(x)[3], module(other)[3])
 
 
 def test_other_inputs_go_the_usual_way(multiplied):
     module = stack()
-    packs, x = Packs(module, 8), torch.randn(8, 48)
+    packs, x = Packs([module], 8), torch.randn(8, 48)
     with packs.in_use():
         assert module(x).requires_grad
         with torch.no_grad():
@@ -72,7 +72,7 @@ def test_other_inputs_go_the_usual_way(multiplied):
 
 def test_a_changed_weight_is_packed_anew(multiplied):
     module, x = stack(), torch.randn(8, 48)
-    packs = Packs(module, 8)
+    packs = Packs([module], 8)
     with torch.no_grad():
         for change in (lambda w: w, lambda w: w.mul_(2), lambda w: w.add_(1)):
             change(module[0].weight)
@@ -84,7 +84,7 @@ def test_a_changed_weight_is_packed_anew(multiplied):
 def test_layers_stay_what_they_are():
     module = stack()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    one, two = Packs(module, 8), Packs(module, 16)
+    one, two = Packs([module], 8), Packs([module], 16)
     assert all(isinstance(module[i], nn.Linear) for i in (0, 2))
     with torch.no_grad(), one.in_use(), two.in_use():
         module(torch.randn(16, 48))
@@ -95,8 +95,8 @@ def test_layers_stay_what_they_are():
 
 def test_nothing_is_packed_where_it_does_not_pay(monkeypatch):
     few, half, large = stack(), stack().bfloat16(), stack()
-    Packs(few, FEWEST_ROWS - 1)
-    Packs(half, 8)
+    Packs([few], FEWEST_ROWS - 1)
+    Packs([half], 8)
     monkeypatch.setattr(packed_linear, "LARGEST", 1000)
-    Packs(large, 8)
+    Packs([large], 8)
     assert not any(isinstance(layer, PackedLinear) for module in (few, half, large) for layer in module)

@@ -72,7 +72,8 @@ class Engine:
             from weft.adapters.rings import RingCache
 
             self._rings = RingCache(slots, columns=backbone.widest)
-        self._packs = Packs(backbone.decoder, slots)
+        heads = (head for name, head in backbone.named_children() if name.endswith("head"))
+        self._packs = Packs([backbone.decoder, *heads], slots)
         # rows and columns of the pictures being written, by slot and number in the sequence
         pictures = self._context // SMALLEST_PICTURE + 1
         self._grids = torch.zeros(slots, pictures, 2, dtype=torch.int64, device=self._device)
@@ -211,12 +212,12 @@ class Engine:
         ids, positions, layout = to_tensors(inputs, self._grids)
         step = self._cache.step(positions, reach=max(each.position for each in inputs) + 1, rings=self._rings)
         embeds = self._backbone.embed(ids, layout, self._vectors)
-        with self._packs.in_use():
-            hidden = self._backbone.forward(embeds, layout, step)[:, 0]
         rows = list(self._rows.values())
         forced = [row.state.forced() for row in rows]
-        # where no row has a choice, no head is run
-        chosen = self._choose(hidden, inputs) if None in forced else []
+        with self._packs.in_use():
+            hidden = self._backbone.forward(embeds, layout, step)[:, 0]
+            # where no row has a choice, no head is run
+            chosen = self._choose(hidden, inputs) if None in forced else []
         events: list[Event] = []
         for row, without_choice in zip(rows, forced, strict=True):
             for place in row.places:

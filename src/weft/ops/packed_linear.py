@@ -5,9 +5,9 @@ much as the product itself. A laid-out copy is kept by whoever decodes and used 
 training included, goes the usual way, and the layers stay `nn.Linear` with the same parameters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 FEWEST_ROWS = 4
 """With fewer, a product reads the weight as it is about as fast."""
 LARGEST = 2 * 2**30
-"""Bytes of weights that are copied at most; of a larger module none is."""
+"""Bytes of weights that are copied at most; of larger modules none is."""
 
 
 class PackedLinear(nn.Linear):
@@ -32,21 +32,26 @@ class PackedLinear(nn.Linear):
         return super().forward(input)
 
 
+_KINDS = (nn.Linear, PackedLinear)
+"""No others: a subclass may have reasons of its own."""
+
+
 class Packs:
-    """Packed copies of a module's linear weights, for inputs of so many rows.
+    """Packed copies of the linear weights of some modules, for inputs of so many rows.
 
     Exact to the order of summation.
     """
 
-    def __init__(self, module: nn.Module, rows: int) -> None:
+    def __init__(self, modules: Sequence[nn.Module], rows: int) -> None:
         self._rows = rows
         self._copies: dict[PackedLinear, tuple[Any, Tensor]] = {}
-        if not _pays(module, rows):
+        linears = [child for module in modules for child in module.modules() if type(child) in _KINDS]
+        if not _pays(linears, rows):
             return
-        for layer in _linears(module):
+        for layer in linears:
             # as torch's own parametrisations do: the same object, with another forward
             layer.__class__ = PackedLinear
-            self._copies[layer] = (None, layer.weight)  # type: ignore[index] # it is one now
+            self._copies[cast(PackedLinear, layer)] = (None, cast(Tensor, layer.weight))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -64,12 +69,8 @@ class Packs:
                 layer.in_use = None
 
 
-def _linears(module: nn.Module) -> list[nn.Linear]:
-    return [child for child in module.modules() if type(child) in (nn.Linear, PackedLinear)]  # type: ignore[misc]
-
-
-def _pays(module: nn.Module, rows: int) -> bool:
-    weights = [layer.weight for layer in _linears(module)]
+def _pays(linears: Sequence[Any], rows: int) -> bool:
+    weights = [layer.weight for layer in linears]
     here = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
     small = sum(weight.nbytes for weight in weights) <= LARGEST
     return here and small and rows >= FEWEST_ROWS and torch.backends.mkl.is_available()
