@@ -6,6 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from weft.adapters import AdapterConfig, attach, detach
+from weft.backbones import load_backbone
+from weft.document import Document, user
+from weft.generation import SamplingConfig, generate
 from weft.ops import packed_linear
 from weft.ops.packed_linear import FEWEST_ROWS, PackedLinear, Packs
 
@@ -100,3 +104,14 @@ def test_nothing_is_packed_where_it_does_not_pay(monkeypatch):
     monkeypatch.setattr(packed_linear, "LARGEST", 1000)
     Packs([large], 8)
     assert not any(isinstance(layer, PackedLinear) for module in (few, half, large) for layer in module)
+
+
+def test_an_adapter_attaches_to_layers_that_were_packed():
+    backbone = load_backbone("nano")
+    config = SamplingConfig(max_text_tokens=4, max_images=1)
+    document = Document((user("hi"),))
+    before = generate(backbone, [document], config, slots=8)
+    attach(backbone, AdapterConfig(rank=2))
+    assert generate(backbone, [document], config, slots=8) == before
+    detach(backbone)
+    assert generate(backbone, [document], config, slots=8) == before
