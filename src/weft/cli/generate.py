@@ -33,7 +33,7 @@ class Sampling:
     """Classifier-free guidance of pictures, away from the prompt's text; 1 is off. Default: the model's own."""
     image_guidance: float | None = None
     """The same away from the prompt's pictures."""
-    size: tuple[int, int] | None = None
+    size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None
     """Width and height of its pictures in pixels, for a model that makes several sizes."""
     steps: int | None = None
     """Of the diffusion model that makes the pixels, for a model that has one."""
