@@ -1,0 +1,1 @@
+"""The feature synchroniser: what a language model or a picture decoder reads again from the pictures before it."""
