@@ -175,7 +175,7 @@ class FeatureSynchronizer(nn.Module):
             projected.values, projected.shapes, self._points(points, offsets, pictures, projected.shapes), weights,
             pictures, impl=impl,
         )  # fmt: skip
-        found = found + (null * self.ignore_token.view(c.heads, -1)).to(found.dtype)
+        found = found + null * self.ignore_token.view(c.heads, -1)
         out = self.output_proj(found.flatten(2))
         return out.masked_fill((pictures < 0).all(2, keepdim=True), 0.0) if c.without_images == "zero" else out
 
@@ -245,5 +245,5 @@ class FeatureSynchronizer(nn.Module):
 def _softmax_with_zero(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(B, Q, H, ...) -> weights of the same shape, and (B, Q, H, 1) that of one logit more, zero."""
     flat = torch.cat((logits.flatten(3), logits.new_zeros(*logits.shape[:3], 1)), 3)
-    weights = flat.softmax(3, dtype=torch.promote_types(flat.dtype, torch.float32))
+    weights = flat.softmax(3)
     return weights[..., :-1].view(logits.shape), weights[..., -1:]

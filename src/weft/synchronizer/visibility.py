@@ -58,8 +58,7 @@ def seen_by_pictures(is_start: Tensor, begins: Tensor, *, reach: int | None = 1)
         (B, N, N) bool: [b, i, n] is True where picture i sees picture n.
     """
     length, images = is_start.shape[1], begins.shape[1]
-    own = begins.clamp(0, max(length - 1, 0))
-    document = torch.where(begins < 0, -1, _document(is_start).gather(1, own))
+    document = _document(is_start).gather(1, begins.clamp(0, max(length - 1, 0)))
     number = torch.arange(images, device=begins.device)
     behind = number.unsqueeze(1) - number
     near = (behind > 0) & (behind <= (images if reach is None else reach))
