@@ -21,6 +21,7 @@ from torch import Tensor
 from weft.adapters.rings import RingCache, StepTables, step_tables
 from weft.errors import RoutingError
 from weft.layout import Modality, ModalityLayout
+from weft.ops.autograd_time import autograd_time, in_backward_of_earlier
 from weft.ops.grid import Patches, Window
 
 Modal = Literal["image", "text", "none"]
@@ -138,7 +139,7 @@ class RoutingState:
             }
         self._routes = {name: routes[rule] for name, rule in rules.items()}
         self.rings, self.stash, self._fresh = rings, None, True
-        self._since = _autograd_time()
+        self._since = autograd_time()
 
     def begin(self, layout: ModalityLayout | None, active: Sequence[str] | None = None) -> None:
         """A forward of the whole model starts, with this layout or the one that was set for it.
@@ -163,7 +164,7 @@ class RoutingState:
             self._routes, self.rings = {}, None
         self._fresh = False
         if not torch.compiler.is_compiling():
-            self._since = _autograd_time()
+            self._since = autograd_time()
 
     @contextlib.contextmanager
     def text_only(self) -> Iterator[None]:
@@ -186,7 +187,7 @@ class RoutingState:
             RoutingError: no layout was set, or one for another number of positions or on another device, or one after
                 the forward that activation checkpointing runs again.
         """
-        if not torch.compiler.is_compiling() and _in_backward_of_earlier(self._since):
+        if not torch.compiler.is_compiling() and in_backward_of_earlier(self._since):
             raise RoutingError(
                 "a layer runs again for the backward of one forward, and the layout of a later one was set since",
                 fix="call backward before the next forward, or give gradient checkpointing use_reentrant=False and "
@@ -239,17 +240,6 @@ class _Restored:
 
     def __exit__(self, *_: object) -> None:
         vars(self._state).update(self._later)
-
-
-def _autograd_time() -> int:
-    """How many nodes autograd has made on this thread; within backward, when the node that runs was made."""
-    node = torch._C._current_autograd_node()
-    return torch.autograd._get_sequence_nr() if node is None else node._sequence_nr()
-
-
-def _in_backward_of_earlier(time: int) -> bool:
-    node = torch._C._current_autograd_node()
-    return node is not None and node._sequence_nr() < time
 
 
 def _text_routes(shape: torch.Size, device: torch.device, windows: tuple[Window, ...]) -> Routes:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from weft.errors import RoutingError
+from weft.ops.autograd_time import autograd_time, in_backward_of_earlier
 from weft.synchronizer.mmfs import FeatureBank, FeatureSynchronizer, MMFSConfig, Projected
 from weft.synchronizer.visibility import nearest_first
 
@@ -135,7 +136,7 @@ class Insertion(nn.Module):
         return cast(Branch, self.branches[name])
 
     def _keep(self, reads: _Reads | None) -> None:
-        self._reads, self._is_set, self._since = reads, True, _autograd_time()
+        self._reads, self._is_set, self._since = reads, True, autograd_time()
 
     def _check(self, x: Tensor, queries: int | None) -> None:
         if not self._is_set:
@@ -143,7 +144,7 @@ class Insertion(nn.Module):
                 "a model with synchronisers was run without being told what to read",
                 fix="call set(bank, visible) or set_without_pictures() on the insertion before the forward",
             )
-        if not torch.compiler.is_compiling() and _in_backward_of_earlier(self._since):
+        if not torch.compiler.is_compiling() and in_backward_of_earlier(self._since):
             raise RoutingError(
                 "a layer runs again for the backward of one forward, and what a later one reads was set since",
                 fix="call backward before the next forward",
@@ -175,14 +176,3 @@ def _again_without_its_graph() -> bool:
     """A layer is run again by reentrant checkpointing: a backward of its own within the backward of the whole."""
     node = torch._C._current_autograd_node()
     return node is not None and node.name() == "CheckpointFunctionBackward"
-
-
-def _autograd_time() -> int:
-    """How many nodes autograd has made on this thread; within backward, when the node that runs was made."""
-    node = torch._C._current_autograd_node()
-    return torch.autograd._get_sequence_nr() if node is None else node._sequence_nr()
-
-
-def _in_backward_of_earlier(time: int) -> bool:
-    node = torch._C._current_autograd_node()
-    return node is not None and node._sequence_nr() < time
