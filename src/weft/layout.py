@@ -10,8 +10,9 @@ Made by the collator in training and by the engine in decoding.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,8 @@ class ModalityLayout:
     """(B, N, 2) rows and columns of each picture of each sequence."""
     given: Tensor
     """(B, N) bool: the picture stands in the context and is not to be generated."""
+    sight: Any = None
+    """What synchronisers read of the pictures, `weft.synchronizer.sight.Sight`; None where there is none to read it."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,15 +99,19 @@ class ModalityLayout:
         return self.inputs.modality != Modality.NONE
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "ModalityLayout":
+        """The same of other planes. What is seen is left out: it is put in last."""
         return ModalityLayout(
             self.inputs.map(function), self.outputs.map(function), function(self.grids), function(self.given)
         )
+
+    def seeing(self, sight: Any) -> "ModalityLayout":
+        return replace(self, sight=sight)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "ModalityLayout":
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def __getitem__(self, positions: slice) -> "ModalityLayout":
-        """A run of positions, every sequence; picture numbers and places stay those of the whole."""
+        """A run of positions, every sequence; picture numbers and places stay those of the whole. Without `sight`."""
         cut = lambda tensor: tensor[:, positions]  # noqa: E731
         return ModalityLayout(self.inputs.map(cut), self.outputs.map(cut), self.grids, self.given)
 
@@ -280,6 +287,16 @@ def _spans_of(
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """A picture for a model that encodes pictures together with the text; (3, side, side) uint8 each."""
+
+    seen: Tensor
+    """As the model's eye takes it."""
+    painted: Tensor | None = None
+    """As it is to be painted, where that is to be learnt."""
+
+
+@dataclass(frozen=True)
 class TokenSequence:
     """A document as one model reads it, before batching."""
 
@@ -291,7 +308,10 @@ class TokenSequence:
     name: str | None = None
     """The document's id, for messages."""
     features: Tensor | None = None
-    """(n, F) one row for each id that is `FEATURE`, in order; None where there is none."""
+    """(n, F) one row for each id that is `FEATURE`, in order; None where there is none, or where they come of `pixels`.
+    """
+    pixels: tuple[Pixels, ...] = ()
+    """Of every picture, in order, for models that look at pixels; others have none."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from weft.codecs.pixels import fit, to_values
 from weft.document import Document, Image, Role, Turn
 from weft.errors import ContextError
 from weft.images import decode_image
-from weft.layout import FEATURE, ImageSpan, ModalityLayout, Span, TextSpan, TokenSequence
+from weft.layout import FEATURE, ImageSpan, ModalityLayout, Pixels, Span, TextSpan, TokenSequence
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
     from weft.adapters.routing import RoutingState
+    from weft.synchronizer.sight import Looks, Synchronizer
 
 Kind = Literal["discrete", "continuous", "diffusion"]
 """Pictures are written as codes from a distribution, as vectors from a regression, or at once from the context."""
@@ -121,6 +123,8 @@ class DecodingOptions:
     guidance: float | None = None
     negative: Tensor | None = None
     """(P, F) what guidance leads away from; None: the model's features of a picture that is zero once normalised."""
+    scheduler: str | None = None
+    """By the name of its class in diffusers; models that know one only ignore it."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,15 @@ class Backbone(Protocol):
     guidance: tuple[float, float]
     """The scales that its makers use for classifier-free guidance of pictures drawn as codes, away from the prompt's
     text and away from its pictures; 1 is off."""
+    canvas: int
+    """Pixels along one side of what a model of kind diffusion paints; 0 for others."""
     context_length: int
     decoder: nn.Module
     """The stack that holds the linear layers adapters attach to."""
     routing: "RoutingState | None"
     """Set by `weft.adapters.attach`; `forward` hands it the layout."""
+    synchronizer: "Synchronizer | None"
+    """Its own, or set by `weft.synchronizer.attach_synchronizer`; `forward` gives it what the layout says is seen."""
     fingerprint: str
     """Hash of the frozen weights: what an adapter was trained on."""
     revision: str | None
@@ -225,12 +233,52 @@ class Backbone(Protocol):
     def named_children(self) -> Any: ...
 
 
-def run_decoder(
-    decoder: nn.Module, routing: "RoutingState | None", embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None
-) -> Tensor:
+class Painter(Backbone, Protocol):
+    """A backbone of kind diffusion: it paints a picture at once, from what stands before it."""
+
+    def painting_errors(
+        self, hidden: Tensor, ids: Tensor, layout: ModalityLayout, looks: "Looks", painted: Tensor
+    ) -> Tensor:
+        """What is minimised where pictures are painted at once, of kind diffusion.
+
+        Noise and its times are drawn from torch's own generator.
+
+        Args:
+            hidden: (B, L, D) of the whole batch.
+            ids: (B, L) elements.
+            looks: of all M pictures of the batch.
+            painted: (T, 3, canvas, canvas) uint8, the pictures that are not given in the layout, in order.
+
+        Returns:
+            (T,) mean squared errors.
+        """
+        ...
+
+    def paint(self, context: Tensor, before: "Looks | None", options: DecodingOptions = ...) -> "PILImage.Image":
+        """One picture, of kind diffusion.
+
+        Args:
+            context: (n, D) hidden states of its document, the last one that of its begin token.
+            before: the pictures of the document before it, in order; None: there are none.
+        """
+        ...
+
+
+class Stack(Protocol):
+    """What of a backbone `run_decoder` runs."""
+
+    decoder: nn.Module
+    routing: "RoutingState | None"
+    synchronizer: "Synchronizer | None"
+
+
+def run_decoder(backbone: Stack, embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None) -> Tensor:
     """`Backbone.forward` for a stack with the interface of transformers' LLaMA-like models."""
+    decoder, routing = backbone.decoder, backbone.routing
     if routing is not None:
         routing.set(layout, step.rings if step else None, step.slots if step else None)
+    if backbone.synchronizer is not None:
+        backbone.synchronizer.show(layout)
     if step is None:
         real = layout.is_real
         positions = (real.cumsum(1) - 1).clamp_min(0)
@@ -284,7 +332,7 @@ def encode_document(
         for part in turn.parts:
             if isinstance(part, Image):
                 if keep != "nothing":
-                    writing.picture(next(pictures), backbone.vocabulary, learn)
+                    writing.picture(*next(pictures), backbone.vocabulary, learn)
             else:
                 text(backbone.tokenize(part.text), learn)
         if i < len(document.turns) - 1 or answer:
@@ -304,6 +352,7 @@ class _Writing:
     spans: list[Span] = field(default_factory=list)
     target: list[bool] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
+    pixels: list[Pixels] = field(default_factory=list)
 
     def text(self, new: Sequence[int], learn: bool) -> None:
         self.ids.extend(new)
@@ -313,9 +362,11 @@ class _Writing:
         elif new:
             self.spans.append(TextSpan(len(new)))
 
-    def picture(self, elements: Elements, vocabulary: int, learn: bool) -> None:
+    def picture(self, elements: Elements, pixels: Pixels | None, vocabulary: int, learn: bool) -> None:
         form, ids = elements.form, elements.ids.tolist()
-        self.text(form.before[:1], learn)
+        # where pictures are painted from what stands before them, none is learnt that nothing stands before
+        is_first = len(self.ids) == 1 and pixels is not None and pixels.painted is not None
+        self.text(form.before[:1], learn and not is_first)
         self.text(form.before[1:], learn=False)
         self.spans.append(
             ImageSpan(form.rows, form.cols, given=not learn, before=len(form.before), after=len(form.after))
@@ -324,18 +375,22 @@ class _Writing:
         self.target.extend(learn and (id == FEATURE or id >= vocabulary) for id in ids)
         if elements.features is not None:
             self.features.append(elements.features.float().cpu())
+        if pixels is not None:
+            self.pixels.append(pixels)
         self.text(form.after, learn)
 
     def sequence(self, name: str | None) -> TokenSequence:
         features = torch.cat(self.features) if self.features else None
-        return TokenSequence(torch.tensor(self.ids), tuple(self.spans), torch.tensor(self.target), name, features)
+        return TokenSequence(
+            torch.tensor(self.ids), tuple(self.spans), torch.tensor(self.target), name, features, tuple(self.pixels)
+        )
 
 
 def _is_learnt(turn: Turn) -> bool:
     return turn.role == "assistant" if turn.loss is None else turn.loss
 
 
-def _elements(backbone: Backbone, document: Document) -> Iterator[Elements]:
+def _elements(backbone: Backbone, document: Document) -> Iterator[tuple[Elements, Pixels | None]]:
     """The document's pictures in order, those to be learnt as the model writes them, the others as it reads them."""
     pictures = [
         decode_image(_bytes_of(image, document), where=_where(document, image, i))
@@ -348,7 +403,17 @@ def _elements(backbone: Backbone, document: Document) -> Iterator[Elements]:
         if numbers:
             encoded = backbone.encode_images([pictures[i] for i in numbers], generated=generated)
             found.update(zip(numbers, encoded, strict=True))
-    return (found[i] for i in range(len(pictures)))
+    return ((found[i], pixels_of(backbone, pictures[i], learn=learnt[i])) for i in range(len(pictures)))
+
+
+def pixels_of(backbone: Backbone, picture: "PILImage.Image", *, learn: bool) -> Pixels | None:
+    """What a model that looks at pixels needs of a picture; None: it does not."""
+    if backbone.synchronizer is None:
+        return None
+    canvas = backbone.canvas if learn else 0
+    seen, painted = (fit(picture, side) if side else None for side in (backbone.synchronizer.side, canvas))
+    assert seen is not None
+    return Pixels(to_values(seen).byte(), None if painted is None else to_values(painted).byte())
 
 
 def check_fits(sequence: TokenSequence, limit: int, *, reserve: int = 0) -> None:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from transformers import ChameleonConfig
 
     from weft.adapters.routing import RoutingState
+    from weft.synchronizer.sight import Synchronizer
 
 SPECIAL = ("<s>", "</s>", "<pad>", "<reserved08706>", "<racm3:break>", "<eoss>")
 """Begins a text, ends an answer, pads, ends a turn, begins a picture, ends one."""
@@ -72,6 +73,7 @@ class ChameleonBackbone(nn.Module):
     kind: Kind = "discrete"
     guidance = (3.0, 1.2)
     revision: str | None = None
+    canvas = 0
     code_rows: Tensor
     """(K,) the row of each picture code."""
 
@@ -97,6 +99,7 @@ class ChameleonBackbone(nn.Module):
         self.chat = ChatFormat((begin,), user=((), (separator,)), assistant=((), (separator,)), end=(end,))
         self.context_length, self.feature_width = config.max_position_embeddings, 0
         self.routing: RoutingState | None = None
+        self.synchronizer: Synchronizer | None = None
         self.fingerprint = ""
 
         self.decoder = ChameleonModel(config)
@@ -151,7 +154,7 @@ class ChameleonBackbone(nn.Module):
         return self.table(torch.where(ids < self.vocabulary, ids, codes))
 
     def forward(self, embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None = None) -> Tensor:
-        return run_decoder(self.decoder, self.routing, embeds, layout, step)
+        return run_decoder(self, embeds, layout, step)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden).index_fill_(-1, self.code_rows, -torch.inf)

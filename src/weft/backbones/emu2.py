@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from weft.adapters.routing import RoutingState
+    from weft.synchronizer.sight import Synchronizer
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -68,6 +69,7 @@ class Emu2Backbone(nn.Module):
     kind: Kind = "continuous"
     guidance = (1.0, 1.0)
     revision: str | None = None
+    canvas = 0
     codes = 0
 
     def __init__(self, config: Emu2Config, tokenizer: "Tokenizer", name: str) -> None:
@@ -85,6 +87,7 @@ class Emu2Backbone(nn.Module):
         self.widest = self.form.cols
         self.context_length = config.context_length
         self.routing: RoutingState | None = None
+        self.synchronizer: Synchronizer | None = None
         self.fingerprint = ""
         self.visual = EvaTower(config.vision)
         self.project_up = nn.Linear(config.vision.width, config.width, bias=False)
@@ -187,7 +190,7 @@ class Emu2Backbone(nn.Module):
         return torch.where((ids == FEATURE).unsqueeze(-1), seen, words)
 
     def forward(self, embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None = None) -> Tensor:
-        return run_decoder(self.decoder, self.routing, embeds, layout, step)
+        return run_decoder(self, embeds, layout, step)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         logits = self.head(hidden)

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from weft.adapters.routing import RoutingState
+    from weft.synchronizer.sight import Synchronizer
 
 PICTURES, SHARE = 3, 0.78
 """So many pictures of the usual size take up no more than this share of the context."""
@@ -93,6 +94,7 @@ class Emu3Backbone(nn.Module):
     kind: Kind = "discrete"
     guidance = (3.0, 1.0)
     revision: str | None = None
+    canvas = 0
 
     def __init__(
         self, config: Any, tokenizer: "Tokenizer", name: str, pixels: Pixels, chat: Chat = "chat",
@@ -108,6 +110,7 @@ class Emu3Backbone(nn.Module):
         self.context_length = text.max_position_embeddings
         self.vocabulary, self.codes, self.feature_width = text.vocab_size, config.vq_config.codebook_size, 0
         self.routing: RoutingState | None = None
+        self.synchronizer: Synchronizer | None = None
         self.fingerprint = ""
         rows = [id_of(code_name(code), tokenizer, config) for code in range(self.codes)]
         self._image, self._line_end, self._frame_end = (
@@ -252,7 +255,7 @@ class Emu3Backbone(nn.Module):
         return self.table(torch.where(ids < self.vocabulary, ids, self.code_rows[code]))
 
     def forward(self, embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None = None) -> Tensor:
-        return run_decoder(self.decoder, self.routing, embeds, layout, step)
+        return run_decoder(self, embeds, layout, step)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden).masked_fill_(self.unwritten, -torch.inf)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import JanusConfig
 
     from weft.adapters.routing import RoutingState
+    from weft.synchronizer.sight import Synchronizer
 
 SPECIAL = (
     "<｜begin▁of▁sentence｜>",  # noqa: RUF001 - the bars are theirs
@@ -71,6 +72,7 @@ class JanusBackbone(nn.Module):
     kind: Kind = "discrete"
     guidance = (5.0, 1.0)
     revision: str | None = None
+    canvas = 0
     is_no_text: Tensor
 
     def __init__(self, config: "JanusConfig", tokenizer: "Tokenizer", name: str, reading: Reading) -> None:
@@ -96,6 +98,7 @@ class JanusBackbone(nn.Module):
         self.widest = self.form.cols
         self.context_length = text.max_position_embeddings
         self.routing: RoutingState | None = None
+        self.synchronizer: Synchronizer | None = None
         self.fingerprint = ""
         self.decoder = LlamaModel._from_config(text, attn_implementation="sdpa")
         self.decoder.name_or_path = name
@@ -185,7 +188,7 @@ class JanusBackbone(nn.Module):
         return F.embedding(codes, self._code_rows[1])
 
     def forward(self, embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None = None) -> Tensor:
-        return run_decoder(self.decoder, self.routing, embeds, layout, step)
+        return run_decoder(self, embeds, layout, step)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden).masked_fill_(self.is_no_text, -torch.inf)

@@ -9,6 +9,21 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
 
 
+def fit(picture: "PILImage.Image", side: int) -> "PILImage.Image":
+    """The middle square of a picture, `side` pixels wide.
+
+    Halved by boxes while it is twice as large, then bicubic, as MM-Interleaved's makers do it.
+    """
+    from PIL import Image as PILImage
+
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize((picture.width // 2, picture.height // 2), PILImage.Resampling.BOX)
+    scale = side / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), PILImage.Resampling.BICUBIC)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
 def to_values(picture: "PILImage.Image") -> Tensor:
     """RGB picture -> (3, rows, cols) float32 in [0, 255]."""
     import numpy as np

@@ -7,10 +7,23 @@ import torch
 from torch import Tensor
 
 from weft.errors import LayoutError
-from weft.layout import FEATURE, ModalityLayout, TokenSequence, lay_out
+from weft.layout import FEATURE, ImageSpan, ModalityLayout, TokenSequence, lay_out
 
 IGNORED = -100
 """A label where nothing is learnt."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The M pictures of a batch as pixels, sequence by sequence; uint8."""
+
+    seen: Tensor
+    """(M, 3, side, side)"""
+    painted: Tensor | None
+    """(T, 3, side, side) those that are to be learnt, in the same order."""
+
+    def to(self, device: torch.device | str) -> "Pictures":
+        return Pictures(self.seen.to(device), None if self.painted is None else self.painted.to(device))
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,8 @@ class Batch:
     """The documents' ids, for messages."""
     features: Tensor | None = None
     """(B, L, F) the vectors of the ids that are `FEATURE`, zero elsewhere; None where there are none."""
+    pictures: Pictures | None = None
+    """For models that look at pixels; None where there are none."""
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(
@@ -32,6 +47,7 @@ class Batch:
             self.labels.to(device),
             self.names,
             None if self.features is None else self.features.to(device),
+            None if self.pictures is None else self.pictures.to(device),
         )
 
 
@@ -56,7 +72,7 @@ def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
         ids[row, :n] = sequence.ids
         labels[row, : n - 1] = sequence.ids[1:].masked_fill(~sequence.is_target[1:], IGNORED)
     names = tuple(sequence.name for sequence in sequences)
-    return Batch(ids, layout, labels, names, _features(sequences, layout.shape))
+    return Batch(ids, layout, labels, names, _features(sequences, layout.shape), _pictures(sequences))
 
 
 def _features(sequences: Sequence[TokenSequence], shape: tuple[int, int]) -> Tensor | None:
@@ -71,12 +87,27 @@ def _features(sequences: Sequence[TokenSequence], shape: tuple[int, int]) -> Ten
     return features
 
 
+def _pictures(sequences: Sequence[TokenSequence]) -> Pictures | None:
+    pixels = [picture for sequence in sequences for picture in sequence.pixels]
+    if not pixels:
+        return None
+    painted = [picture.painted for picture in pixels if picture.painted is not None]
+    return Pictures(torch.stack([picture.seen for picture in pixels]), torch.stack(painted) if painted else None)
+
+
 def _check(sequence: TokenSequence) -> None:
     ids, targets, spans = len(sequence), len(sequence.is_target), sum(span.length for span in sequence.spans)
     if not ids or ids != targets or ids != spans:
         raise LayoutError(
             f"a sequence has {ids} ids, {targets} targets and spans of {spans} positions", where=sequence.name
         )
+    if sequence.pixels:
+        pictures = sum(isinstance(span, ImageSpan) for span in sequence.spans)
+        if pictures != len(sequence.pixels):
+            raise LayoutError(
+                f"a sequence has pixels of {len(sequence.pixels)} pictures for {pictures}", where=sequence.name
+            )
+        return
     vectors = 0 if sequence.features is None else len(sequence.features)
     if vectors != (sequence.ids == FEATURE).sum():
         raise LayoutError(

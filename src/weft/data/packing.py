@@ -1,6 +1,7 @@
 """Sequences longer than the context: split where no picture is cut, dropped, or refused."""
 
 from collections.abc import Iterator
+from itertools import compress
 from typing import Literal
 
 import torch
@@ -69,11 +70,13 @@ def _cuts(sequence: TokenSequence) -> list[int]:
 def _piece(sequence: TokenSequence, start: int, end: int) -> TokenSequence:
     keep = torch.cat((torch.tensor([0]), torch.arange(start, end)))
     spans: list[Span] = []
+    kept: list[bool] = []
     at = 0
     for span in sequence.spans:
         first, last = max(at, start), min(at + span.length, end)
         if isinstance(span, ImageSpan):
-            if first < last:
+            kept.append(first < last)
+            if kept[-1]:
                 spans.append(span)
         else:
             # the first token belongs to the first span of every piece
@@ -88,4 +91,5 @@ def _piece(sequence: TokenSequence, start: int, end: int) -> TokenSequence:
         is_feature = sequence.ids == FEATURE
         first, count = int(is_feature[:start].sum()), int(is_feature[start:end].sum())
         features = features[first : first + count] if count else None
-    return TokenSequence(sequence.ids[keep], tuple(spans), sequence.is_target[keep], sequence.name, features)
+    pixels = sequence.pixels and tuple(compress(sequence.pixels, kept))
+    return TokenSequence(sequence.ids[keep], tuple(spans), sequence.is_target[keep], sequence.name, features, pixels)

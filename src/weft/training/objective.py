@@ -4,22 +4,27 @@
     continuous   loss = mean over text targets of cross-entropy
                       + image_weight * mean over picture targets of ||predicted - target||^2 / width   (or 1 - cosine)
 
-as in Xu et al. 2024 (arXiv:2407.03604). The two parts are reported apart. Knows no optimizer.
+    diffusion    the same with pictures painted at once, each target counting
+                      the mean over its latents of (predicted noise - noise)^2
+
+as in Xu et al. 2024 (arXiv:2407.03604) and, the last, Tian et al. 2024 (arXiv:2401.10208). The two parts are reported
+apart. Knows no optimizer.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weft.backbones.base import Backbone
+from weft.backbones.base import Backbone, Painter
 from weft.config import Config
 from weft.data.collate import IGNORED, Batch
 from weft.layout import FEATURE, Modality
+from weft.synchronizer.sight import Looks, see
 
 Regression = Literal["mse", "cosine"]
 
@@ -85,15 +90,20 @@ class Objective(nn.Module):
         if features is not None and self.config.corruption is not None and self.backbone.decoder.training:
             features = corrupt(batch, self.config.corruption)
         with torch.autocast(batch.ids.device.type, dtype=self.precision, enabled=reduced):
-            embeds = self.backbone.embed(batch.ids, batch.layout, features)
-            hidden = self.backbone.forward(embeds, batch.layout)
-            return torch.stack([self._text(hidden, batch), self._image(hidden, batch)])
+            layout, looks, synchronizer = batch.layout, None, self.backbone.synchronizer
+            if synchronizer is not None:
+                pixels = None if batch.pictures is None else batch.pictures.seen
+                layout, vectors, looks = see(synchronizer, pixels, batch.ids, layout, self.backbone.tokens.begin)
+                features = features if vectors is None else vectors
+            embeds = self.backbone.embed(batch.ids, layout, features)
+            hidden = self.backbone.forward(embeds, layout)
+            return torch.stack([self._text(hidden, batch), self._image(hidden, batch, looks)])
 
     def weights(self, counts: Tensor) -> Tensor:
         """(2,) numbers of targets -> (2,) what the summed losses are multiplied by."""
         weights = torch.tensor([1.0, self.config.image_weight], device=counts.device)
-        # cross-entropies are of one kind: all targets count alike; an error of vectors is a term of its own
-        return weights / (counts if self.backbone.kind == "continuous" else counts.sum()).clamp_min(1)
+        # cross-entropies are of one kind: all targets count alike; an error of vectors or noise is a term of its own
+        return weights / (counts.sum() if self.backbone.kind == "discrete" else counts).clamp_min(1)
 
     def _text(self, hidden: Tensor, batch: Batch) -> Tensor:
         # heads are wide: they are applied where something is learnt and nowhere else
@@ -101,7 +111,14 @@ class Objective(nn.Module):
         logits = self.backbone.text_logits(hidden[chosen])
         return F.cross_entropy(logits.float(), batch.labels[chosen], reduction="sum")
 
-    def _image(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def _image(self, hidden: Tensor, batch: Batch, looks: Looks | None) -> Tensor:
+        if self.backbone.kind == "diffusion":
+            if looks is None or batch.pictures is None or batch.pictures.painted is None:
+                return hidden.sum() * 0
+            errors = cast(Painter, self.backbone).painting_errors(
+                hidden, batch.ids, batch.layout, looks, batch.pictures.painted
+            )
+            return errors.sum()
         chosen = _is_target(batch, Modality.IMAGE)
         if self.backbone.kind == "discrete":
             logits = self.backbone.image_logits(hidden[chosen])
@@ -136,8 +153,11 @@ def corrupt(batch: Batch, config: CorruptionConfig) -> Tensor:
 
 
 def count_targets(batch: Batch) -> Tensor:
-    """(2,) numbers of text and image targets."""
-    return torch.stack([_is_target(batch, modality).sum() for modality in (Modality.TEXT, Modality.IMAGE)])
+    """(2,) numbers of text and image targets: elements, or whole pictures where these are painted at once."""
+    text, image = (_is_target(batch, modality).sum() for modality in (Modality.TEXT, Modality.IMAGE))
+    if batch.pictures is not None and batch.pictures.painted is not None:
+        image = image.new_tensor(len(batch.pictures.painted))
+    return torch.stack([text, image])
 
 
 @torch.no_grad()

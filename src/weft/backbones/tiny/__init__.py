@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from weft.adapters.routing import RoutingState
+    from weft.synchronizer.sight import Synchronizer
 
 WEIGHTS = Path(__file__).parent / "weights"
 SPECIAL = ("<pad>", "<s>", "</s>", "<sep>", "[IMG]", "[/IMG]")
@@ -59,6 +60,7 @@ class TinyBackbone(nn.Module):
 
     kind: Kind = "discrete"
     revision: str | None = None
+    canvas = 0
 
     def __init__(self, config: TinyConfig, tokenizer: "Tokenizer", name: str) -> None:
         from transformers import ChameleonConfig, ChameleonModel
@@ -76,6 +78,7 @@ class TinyBackbone(nn.Module):
         self.widest, self.guidance = cols, (1.0, 1.0)
         self.context_length = config.context_length
         self.routing: RoutingState | None = None
+        self.synchronizer: Synchronizer | None = None
         self.fingerprint = ""
         total, patches = config.vocabulary + config.codec.codes, self.form.patches
         stack = ChameleonConfig(
@@ -145,7 +148,7 @@ class TinyBackbone(nn.Module):
         return embeds
 
     def forward(self, embeds: Tensor, layout: ModalityLayout, step: DecodeStep | None = None) -> Tensor:
-        return run_decoder(self.decoder, self.routing, embeds, layout, step)
+        return run_decoder(self, embeds, layout, step)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.head.weight[: self.vocabulary])
