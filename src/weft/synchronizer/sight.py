@@ -1,0 +1,146 @@
+"""What the rows of a batch see: pictures through an eye, and which position reads which of them.
+
+    pixels (M, 3, side, side) --eye--> Looks --see--> ModalityLayout.sight --show--> the branches in the decoder stack
+
+The layout carries it, so that whoever runs a decoder stack says what its positions are and what they see in one go.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from weft.errors import RoutingError
+from weft.layout import FEATURE, ModalityLayout
+from weft.synchronizer.attach import Branch, Insertion, Kept
+from weft.synchronizer.mmfs import FeatureBank
+from weft.synchronizer.visibility import begins_of, seen_by_positions
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What an eye makes of M pictures."""
+
+    maps: tuple[Tensor, ...]
+    """(M, F, rows, cols) for every scale, fine to coarse."""
+    tokens: Tensor | None = None
+    """(M, P, D) what stands for each picture in the sequence, where that is no code."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the positions of a batch see."""
+
+    bank: FeatureBank | Kept | None
+    """The pictures of each sequence; None: there is none in the whole batch."""
+    visible: Tensor | None
+    """(B, L, N) bool."""
+
+
+NOTHING = Sight(None, None)
+
+
+@dataclass(frozen=True)
+class Synchronizer:
+    """An eye, and the branches of a decoder stack that read what it sees."""
+
+    eye: nn.Module
+    """(M, 3, side, side) float in [0, 1] -> `Looks`."""
+    insertion: Insertion
+    side: int
+    """Of the pictures that the eye takes, in pixels."""
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The scales that the branches read, by the sides of their maps."""
+        return cast(Branch, next(iter(self.insertion.branches.values()))).mmfs.config.sides
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for part, module in (("eye", self.eye), ("branches", self.insertion.branches)):
+            yield from ((f"{part}.{name}", parameter) for name, parameter in module.named_parameters())
+
+    def look(self, pixels: Tensor) -> Looks:
+        """(M, 3, side, side) uint8."""
+        weight = next(self.insertion.parameters())
+        return cast(Looks, self.eye(pixels.to(weight.device, weight.dtype) / 255))
+
+    def bank_of(self, looks: Looks) -> FeatureBank:
+        """Every picture by itself: (M, 1, V, F), in the scales that the branches read."""
+        sides = self.sides
+        read = [scale.unsqueeze(1) for scale in looks.maps if scale.shape[2] in sides]
+        if tuple(scale.shape[3] for scale in read) != sides:
+            found = [tuple(scale.shape[2:]) for scale in looks.maps]
+            raise RoutingError(f"the branches read maps with sides {sides}, the eye gives {found}")
+        return FeatureBank.of_maps(read)
+
+    def show(self, layout: ModalityLayout) -> None:
+        """Give the branches what the coming forward reads.
+
+        Raises:
+            RoutingError: the layout has pictures, and it was not said who sees them.
+        """
+        sight = layout.sight
+        if sight is None and layout.grids.shape[1]:
+            raise RoutingError(
+                "a model with synchronisers was given pictures without what they look like",
+                fix="make the layout with see(synchronizer, pixels, ids, layout, begin)",
+            )
+        if sight is None or sight.bank is None:
+            self.insertion.set_without_pictures()
+        else:
+            self.insertion.set(sight.bank, sight.visible)
+
+
+def see(
+    synchronizer: Synchronizer, pixels: Tensor | None, ids: Tensor, layout: ModalityLayout, begin: int
+) -> tuple[ModalityLayout, Tensor | None, Looks | None]:
+    """Look at the pictures of a batch.
+
+    Args:
+        pixels: (M, 3, side, side) uint8, sequence by sequence in order; None: there are none.
+        ids: (B, L) element ids.
+        begin: the id with which a document starts: what stands before it is not seen after it.
+
+    Returns:
+        The layout with what is seen; (B, L, D) the vectors of `FEATURE` elements, if pictures are such; and the looks.
+
+    Raises:
+        RoutingError: the layout has another number of pictures.
+    """
+    begins = begins_of(layout)
+    is_there = begins < layout.shape[1]
+    found, wanted = 0 if pixels is None else len(pixels), int(is_there.sum())
+    if found != wanted:
+        raise RoutingError(
+            f"{found} pictures were given for {wanted} in the sequences", fix="give one for each, in their order"
+        )
+    if pixels is None:
+        return layout.seeing(NOTHING), None, None
+    looks = synchronizer.look(pixels)
+    of_each = synchronizer.bank_of(looks)
+    # one that is not there is never read
+    features = of_each.features.new_zeros(*is_there.shape, *of_each.features.shape[2:])
+    features[is_there] = of_each.features[:, 0]
+    visible = seen_by_positions(ids == begin, begins)
+    layout = layout.seeing(Sight(FeatureBank(features, of_each.shapes), visible))
+    return layout, vectors_of(looks, ids), looks
+
+
+def vectors_of(looks: Looks, ids: Tensor) -> Tensor | None:
+    """(B, L, D) the tokens of pictures where the ids are `FEATURE`, zero elsewhere; None where they are codes.
+
+    Raises:
+        RoutingError: there are more or fewer such places.
+    """
+    if looks.tokens is None:
+        return None
+    rows, places = looks.tokens.flatten(0, 1), ids == FEATURE
+    if len(rows) != int(places.sum()):
+        raise RoutingError(
+            f"{len(looks.tokens)} pictures have {len(rows)} vectors, the sequences have {int(places.sum())} places",
+            fix="give one picture for each, in their order",
+        )
+    vectors = rows.new_zeros(*ids.shape, rows.shape[1])
+    vectors[places] = rows
+    return vectors
