@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from weft.errors import RoutingError
 from weft.layout import FEATURE, ModalityLayout
 from weft.synchronizer.attach import Branch, Insertion, Kept
-from weft.synchronizer.mmfs import FeatureBank
+from weft.synchronizer.mmfs import FeatureBank, MMFSConfig
 from weft.synchronizer.visibility import begins_of, seen_by_positions
 
 
@@ -50,11 +51,17 @@ class Synchronizer:
     insertion: Insertion
     side: int
     """Of the pictures that the eye takes, in pixels."""
+    sees_itself: bool = False
+    """The elements of a picture see it: where it is painted at once, and they are what was made of it."""
 
     @property
     def sides(self) -> tuple[int, ...]:
         """The scales that the branches read, by the sides of their maps."""
-        return cast(Branch, next(iter(self.insertion.branches.values()))).mmfs.config.sides
+        return self._mmfs.sides
+
+    @property
+    def _mmfs(self) -> MMFSConfig:
+        return cast(Branch, next(iter(self.insertion.branches.values()))).mmfs.config
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for part, module in (("eye", self.eye), ("branches", self.insertion.branches)):
@@ -86,10 +93,21 @@ class Synchronizer:
                 "a model with synchronisers was given pictures without what they look like",
                 fix="make the layout with see(synchronizer, pixels, ids, layout, begin)",
             )
-        if sight is None or sight.bank is None:
-            self.insertion.set_without_pictures()
-        else:
+        if sight is not None and sight.bank is not None:
+            assert sight.visible is not None
             self.insertion.set(sight.bank, sight.visible)
+        elif self._mmfs.without_images == "zero":
+            self.insertion.set_without_pictures()
+        else:  # a bias is added all the same
+            hidden = layout.grids.new_zeros(*layout.shape, 1, dtype=torch.bool)
+            self.insertion.set(self.blank_bank(len(hidden), 1), hidden)
+
+    def blank_bank(self, batch: int, pictures: int) -> FeatureBank:
+        """(B, N, V, F) zeros: room for pictures, or one that nobody sees."""
+        shapes = tuple((side, side) for side in self.sides)
+        cells = sum(side * side for side in self.sides)
+        weight = next(self.insertion.parameters())
+        return FeatureBank(weight.new_zeros(batch, pictures, cells, self._mmfs.feature_width), shapes)
 
 
 def see(
@@ -122,7 +140,8 @@ def see(
     # one that is not there is never read
     features = of_each.features.new_zeros(*is_there.shape, *of_each.features.shape[2:])
     features[is_there] = of_each.features[:, 0]
-    visible = seen_by_positions(ids == begin, begins)
+    lengths = None if synchronizer.sees_itself else layout.grids.prod(-1)
+    visible = seen_by_positions(ids == begin, begins, lengths)
     layout = layout.seeing(Sight(FeatureBank(features, of_each.shapes), visible))
     return layout, vectors_of(looks, ids), looks
 

@@ -4,8 +4,10 @@
                ^ s_0                           ^ s_1
 
 A position sees the pictures of its own document from their first element on: a picture's elements see it, its begin
-token does not. A picture that is to be painted sees pictures of its document that begin before it, the released model
-only the one directly before. Where no document starts, as in a sequence that was cut, nothing is hidden.
+token does not. Where a picture is written element by element, and not painted at once, this would show what is yet to
+be written: there it is seen after its last element. A picture that is to be painted sees pictures of its document that
+begin before it, the released model only the one directly before. Where no document starts, as in a sequence that was
+cut, nothing is hidden.
 """
 
 import torch
@@ -32,18 +34,20 @@ def begins_of(layout: ModalityLayout) -> Tensor:
     return begins[:, :images]
 
 
-def seen_by_positions(is_start: Tensor, begins: Tensor) -> Tensor:
+def seen_by_positions(is_start: Tensor, begins: Tensor, lengths: Tensor | None = None) -> Tensor:
     """The pictures that every position of a sequence sees.
 
     Args:
         is_start: (B, L) bool, True where a document starts.
         begins: (B, N) position before the first element of each picture, its begin token; L for none.
+        lengths: (B, N) elements of each picture, where it is seen after the last of them; None: from the first on.
 
     Returns:
         (B, L, N) bool.
     """
     places, begins = torch.arange(is_start.shape[1], device=is_start.device).unsqueeze(1), begins.unsqueeze(1)
-    return (_document(is_start).unsqueeze(2) <= begins) & (begins < places)
+    hidden = 0 if lengths is None else lengths.unsqueeze(1)
+    return (_document(is_start).unsqueeze(2) <= begins) & (begins + hidden < places)
 
 
 def seen_by_pictures(is_start: Tensor, begins: Tensor, *, reach: int | None = 1) -> Tensor:
