@@ -37,6 +37,8 @@ class Sampling:
     """Width and height of its pictures in pixels, for a model that makes several sizes."""
     steps: int | None = None
     """Of the diffusion model that makes the pixels, for a model that has one."""
+    scheduler: str | None = None
+    """Of such a model that paints from the text itself, by its name in diffusers, such as DDPMScheduler."""
     max_images: int | None = None
     """At most so many pictures."""
     min_images: int | None = None
@@ -48,8 +50,9 @@ class Sampling:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if "temperature" in given:
             given["text.temperature"] = given["image.temperature"] = given.pop("temperature")
-        if "steps" in given:
-            given["diffusion.steps"] = given.pop("steps")
+        for name in ("steps", "scheduler"):
+            if name in given:
+                given[f"diffusion.{name}"] = given.pop(name)
         return given
 
 

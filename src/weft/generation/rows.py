@@ -13,6 +13,7 @@ from weft.generation.sampling import Choice, SamplingConfig
 from weft.generation.state import AnswerState, May
 from weft.generation.text import TextStream
 from weft.layout import TokenSequence
+from weft.synchronizer.sight import Looks
 
 
 class Guidance(NamedTuple):
@@ -63,6 +64,10 @@ class Row:
     """Of the picture being written, so far."""
     vectors: list[Tensor] = field(default_factory=list)
     """(F,) each, of those elements that are vectors."""
+    hidden: list[Tensor] = field(default_factory=list)
+    """(n, D) each, of all that was read, where pictures are painted from it."""
+    looks: list[Looks] = field(default_factory=list)
+    """Of all pictures so far, one each, where pictures are painted."""
 
     @property
     def places(self) -> list[Place]:
@@ -101,6 +106,13 @@ class Row:
         self.vectors.clear()
         if len(self.shadows) == 2:
             self.shadows[1].position = len(self.request.shadows[1])
+
+    @property
+    def seen(self) -> int:
+        """Pictures of the sequence that its next input sees, if nothing sees itself: those that are whole."""
+        inside, form = self.state.inside, self.request.form
+        is_open = inside is not None and inside <= len(form.before) + form.patches
+        return self.prompt_images + self.state.images - is_open
 
     @property
     def choice(self) -> Choice:

@@ -38,6 +38,8 @@ class DiffusionConfig(Config):
     steps: PositiveInt | None = None
     guidance: NonNegativeFloat | None = None
     """Away from a picture that was written without a prompt; 1 is off."""
+    scheduler: str | None = None
+    """A class of diffusers by its name, such as DDPMScheduler; where pictures are painted from the text itself."""
 
 
 class SamplingConfig(Config):
