@@ -2,7 +2,8 @@
 
 The library that multiplies lays a weight out anew in every product, which for the few rows of a decoding step costs as
 much as the product itself. A laid-out copy is kept by whoever decodes and used only while it does; every other input,
-training included, goes the usual way, and the layers stay `nn.Linear` with the same parameters.
+training included, goes the usual way, and the layers stay `nn.Linear` with the same parameters. Layers that read one
+input share a copy and a product.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,20 +17,64 @@ FEWEST_ROWS = 4
 """With fewer, a product reads the weight as it is about as fast."""
 LARGEST = 2 * 2**30
 """Bytes of weights that are copied at most; of larger modules none is."""
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that, in one parent, are given one input after the other."""
 
 
 class PackedLinear(nn.Linear):
     """An `nn.Linear` that multiplies by a packed copy of its weight while one is in use."""
 
-    in_use: "tuple[Tensor, int] | None" = None
-    """The copy, and the rows it was made for."""
+    in_use: "tuple[_Pack, int] | None" = None
+    """The copy, and this layer's number in it."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.in_use is not None and input.dtype == torch.float32:
-            packed, rows = self.in_use
-            if input.numel() == rows * self.in_features and not torch.is_grad_enabled():
-                return torch.ops.mkl._mkl_linear(input, packed, self.weight, self.bias, rows)
+            pack, number = self.in_use
+            if input.numel() == pack.rows * self.in_features and not torch.is_grad_enabled():
+                return pack.product(input, number)
         return super().forward(input)
+
+
+class _Pack:
+    """A copy of the weights of layers that read one input, made anew where one has changed."""
+
+    def __init__(self, layers: Sequence[PackedLinear], rows: int) -> None:
+        self.layers, self.rows = layers, rows
+        self._made_from: Any = None
+        self._last: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def refresh(self) -> None:
+        weights = [layer.weight for layer in self.layers]
+        biases = [layer.bias for layer in self.layers]
+        given = [*weights, *(bias for bias in biases if bias is not None)]
+        made_from = [(tensor.data_ptr(), tensor._version) for tensor in given]
+        if made_from == self._made_from:
+            return
+        whole = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
+        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(whole, self.rows)
+        # only the shape of the weight itself is read from here on
+        self._like = whole.new_zeros(()).expand_as(whole)
+        self._bias = None
+        if len(given) > len(weights):
+            self._bias = torch.cat(
+                [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+            )
+        self._made_from = made_from
+
+    def product(self, input: Tensor, number: int) -> Tensor:
+        """(rows, ..., I) -> (rows, ..., O) of one layer; the others' are kept until the last of them is asked for."""
+        if self._last is None or self._last[0] is not input:
+            found = torch.ops.mkl._mkl_linear(input, self._packed, self._like, self._bias, self.rows)
+            if len(self.layers) == 1:
+                return found
+            self._last = input, found.split([layer.out_features for layer in self.layers], -1)
+        part = self._last[1][number]
+        if number == len(self.layers) - 1:
+            self._last = None
+        return part
+
+    def forget(self) -> None:
+        self._last = None
 
 
 _KINDS = (nn.Linear, PackedLinear)
@@ -43,30 +88,45 @@ class Packs:
     """
 
     def __init__(self, modules: Sequence[nn.Module], rows: int) -> None:
-        self._rows = rows
-        self._copies: dict[PackedLinear, tuple[Any, Tensor]] = {}
-        linears = [child for module in modules for child in module.modules() if type(child) in _KINDS]
-        if not _pays(linears, rows):
+        self._packs: list[_Pack] = []
+        groups = [group for module in modules for group in _groups(module)]
+        if not _pays([layer for group in groups for layer in group], rows):
             return
-        for layer in linears:
-            # as torch's own parametrisations do: the same object, with another forward
-            layer.__class__ = PackedLinear
-            self._copies[cast(PackedLinear, layer)] = (None, cast(Tensor, layer.weight))
+        for group in groups:
+            for layer in group:
+                # as torch's own parametrisations do: the same object, with another forward
+                layer.__class__ = PackedLinear
+            self._packs.append(_Pack(cast("list[PackedLinear]", group), rows))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """While this lasts, the layers multiply by their copies, which are made anew where a weight has changed."""
-        for layer, (made_from, copy) in self._copies.items():
-            now = (layer.weight.data_ptr(), layer.weight._version)
-            if made_from != now:
-                copy = torch.ops.mkl._mkl_reorder_linear_weight(layer.weight.detach(), self._rows)
-                self._copies[layer] = (now, copy)
-            layer.in_use = (copy, self._rows)
+        """While this lasts, the layers multiply by their copies."""
+        for pack in self._packs:
+            pack.refresh()
+            for number, layer in enumerate(pack.layers):
+                layer.in_use = pack, number
         try:
             yield
         finally:
-            for layer in self._copies:
-                layer.in_use = None
+            for pack in self._packs:
+                pack.forget()
+                for layer in pack.layers:
+                    layer.in_use = None
+
+
+def _groups(module: nn.Module) -> list[list[Any]]:
+    """Its linear layers, those together that share a product."""
+    groups: list[list[Any]] = []
+    seen: set[nn.Module] = set()
+    for parent in module.modules():
+        children = dict(parent.named_children())
+        for names in TOGETHER:
+            group = [children.get(name) for name in names]
+            if all(type(child) in _KINDS for child in group):
+                groups.append(group)
+                seen.update(cast("list[nn.Module]", group))
+    rest = ([child] for child in module.modules() if type(child) in _KINDS and child not in seen)
+    return [*groups, *rest]
 
 
 def _pays(linears: Sequence[Any], rows: int) -> bool:

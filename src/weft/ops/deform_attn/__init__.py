@@ -1,6 +1,8 @@
 """Deformable attention: every query sums bilinear samples of the feature maps of several pictures."""
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -13,12 +15,22 @@ from weft.ops.deform_attn.rows import by_rows
 
 __all__ = ["Impl", "Shapes", "deform_attn"]
 
-Impl = Literal["auto", "reference", "bags", "rows"]
+Impl = Literal["auto", "reference", "bags", "rows", "triton"]
+HAS_TRITON = find_spec("triton") is not None
+
+
+def _by_kernels(value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor, pictures: Tensor) -> Tensor:
+    # torch alone does not bring triton everywhere, and it is slow to import
+    from weft.ops.deform_attn.triton import by_kernels
+
+    return by_kernels(value, shapes, points, weights, pictures)
+
 
 IMPLS: dict[str, Callable[[Tensor, Shapes, Tensor, Tensor, Tensor], Tensor]] = {
     "reference": by_grid_sample,
     "bags": by_bags,
     "rows": by_rows,
+    "triton": _by_kernels,
 }
 
 
@@ -42,7 +54,7 @@ def deform_attn(
         pictures: (B, Q, M) int64, the pictures that a query reads, each once; what stands at -1 counts nothing and
             gets no gradient. None: all N, in order.
         impl: "reference"; "bags", many times faster on a CPU and only there; "rows", for few samples, as in decoding;
-            "auto", the fastest.
+            "triton", on a GPU where triton is installed; "auto", the fastest.
 
     Returns:
         (B, Q, H, C) in the dtype of `value`, accumulated in float32 at least.
@@ -56,12 +68,22 @@ def deform_attn(
     _check(value, shapes, points, weights, pictures)
     if impl == "auto":
         impl = _fastest(value, weights)
-    if impl not in IMPLS or (impl == "bags" and value.device.type != "cpu"):
-        raise UsageError(f"deformable attention has no form {impl!r} on {value.device.type}", fix="pass impl='auto'")
+    if impl not in IMPLS or (impl == "bags" and value.device.type != "cpu") or (impl == "triton" and not _runs(value)):
+        lacks = "" if HAS_TRITON or impl != "triton" else "install triton (pip install 'weft[triton]'), or "
+        raise UsageError(
+            f"deformable attention has no form {impl!r} on {value.device.type} here", fix=f"{lacks}pass impl='auto'"
+        )
     return IMPLS[impl](value, shapes, points, weights, pictures)
 
 
+def _runs(value: Tensor) -> bool:
+    """Whether the kernels do; triton's interpreter runs them anywhere."""
+    return HAS_TRITON and (value.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def _fastest(value: Tensor, weights: Tensor) -> Impl:
+    if HAS_TRITON and value.device.type == "cuda":
+        return "triton"
     corners, rows = 4 * weights.numel(), value[..., 0].numel()
     if corners <= rows:
         return "rows"
