@@ -362,3 +362,23 @@ def test_the_cache_has_room_for_what_rows_need_and_no_more(nano):
         rooms.append(engine._cache.layers[0].keys.shape[2])
     assert rooms == [64, 192, 384]  # a prompt of 300 tokens doubles what there was
     assert engine._cache.length == nano.context_length == 512
+
+
+def test_a_prompt_and_its_shadows_are_read_in_one_forward(nano):
+    calls = []
+
+    class Counting(Spy):
+        def forward(self, embeds, layout, step=None):
+            calls.append((tuple(embeds.shape[:2]), step.slots.tolist(), layout.is_real.sum(1).tolist()))
+            return super().forward(embeds, layout, step)
+
+    engine = Engine(Counting(nano), slots=4)
+    config = SamplingConfig(first="image", max_images=1, max_text_tokens=0, guidance=2.0, image_guidance=2.0)
+    engine.submit(PROMPTS[2], config)
+    engine.step()
+    lengths = [
+        len(encode_document(nano, PROMPTS[2], answer=True, keep=keep)) for keep in ("all", "pictures", "nothing")
+    ]
+    # the prompt's last token is read by the first step
+    assert calls[0] == ((3, lengths[0] - 1), [0, 1, 2], [lengths[0] - 1, *lengths[1:]])
+    assert len(calls) == 2

@@ -97,6 +97,46 @@ def test_layers_stay_what_they_are():
     assert all(layer.in_use is None for layer in module if isinstance(layer, PackedLinear))
 
 
+class Attention(nn.Module):
+    """Three layers that read one input, one of them with a bias and of another width, and one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj = nn.Linear(48, 80), nn.Linear(48, 24, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(48, 24, bias=False), nn.Linear(80, 48)
+
+    def forward(self, x):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.o_proj(q + (k * v).sum(-1, keepdim=True))
+
+
+def test_layers_that_read_one_input_share_a_product(multiplied):
+    module, x = Attention(), torch.randn(8, 1, 48)
+    packs, seen = Packs([module], 8), []
+    with torch.no_grad():
+        expected = module(x)
+        with packs.in_use():
+            for _ in range(2):
+                torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
+                seen.append(len(multiplied))
+            module.k_proj.weight.mul_(2)
+        expected = module(x)
+        with packs.in_use():
+            torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
+    assert seen == [2, 4]
+
+
+def test_a_layer_of_several_with_another_input_gets_its_own_product():
+    module, x, y = Attention(), torch.randn(8, 48), torch.randn(8, 48)
+    packs = Packs([module], 8)
+    with torch.no_grad():
+        expected = module.q_proj(x), module.k_proj(y), module.v_proj(x), module.v_proj(y), module.q_proj(y)
+        with packs.in_use():
+            found = module.q_proj(x), module.k_proj(y), module.v_proj(x), module.v_proj(y), module.q_proj(y)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_is_packed_where_it_does_not_pay(monkeypatch):
     few, half, large = stack(), stack().bfloat16(), stack()
     Packs([few], FEWEST_ROWS - 1)

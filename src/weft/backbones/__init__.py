@@ -32,6 +32,7 @@ FAMILIES = {
     "janus": Family("janus", ("janus", "multi_modality")),
     "emu3": Family("emu3", ("emu3",)),
     "emu2": Family("emu2", ("emu2", "emuforcausallm", "emuvisualgeneration")),
+    "mm_interleaved": Family("mm_interleaved", ("mm_interleaved",)),
 }
 """Those with released checkpoints."""
 
@@ -122,14 +123,14 @@ def load_model(
     *,
     device: str = "cpu",
 ) -> "Backbone":
-    """`load_backbone`, with a trained adapter from a folder attached to it.
+    """`load_backbone`, with what was trained from a folder: an adapter, a synchroniser, parts of the model itself.
 
     Raises:
-        AdapterError: the folder is no adapter, or not one for this model.
+        AdapterError: the folder holds nothing of that, or not for this model.
     """
     backbone = load_backbone(name, load, device=device)
     if adapter is not None:
-        from weft.adapters import load_adapter
+        from weft.backbones.trained import load_trained
 
-        load_adapter(backbone, Path(adapter))
+        load_trained(backbone, Path(adapter))
     return backbone

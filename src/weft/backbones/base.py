@@ -236,6 +236,9 @@ class Backbone(Protocol):
 class Painter(Backbone, Protocol):
     """A backbone of kind diffusion: it paints a picture at once, from what stands before it."""
 
+    looks_back: int
+    """So many earlier pictures of the document are looked at while one is painted."""
+
     def painting_errors(
         self, hidden: Tensor, ids: Tensor, layout: ModalityLayout, looks: "Looks", painted: Tensor
     ) -> Tensor:

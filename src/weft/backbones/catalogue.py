@@ -85,6 +85,7 @@ _NO_MONEY = "non-commercial: derived from LLaMA 1 (the code is Apache-2.0)"
 _B7 = Shape(4096, 32, 11008, 32, 32, 65536)
 _EMU2 = Shape(6656, 60, 17920, 52, 52, 32272)
 _EMU3 = Shape(4096, 32, 14336, 32, 8, 184622)
+_VICUNA = Shape(5120, 40, 13824, 40, 40, 32002)
 
 KNOWN: tuple[Known, ...] = (
     Known("leloy/Anole-7b-v0.1-hf", "chameleon", f"{_RESEARCH}: Chameleon's licence, whatever its tag says",
@@ -112,6 +113,9 @@ KNOWN: tuple[Known, ...] = (
           False, "Emu2's", "reads a picture as 256 elements; if there are pickles only, fetch and convert it"),
     Known("BAAI/Emu2-Gen", "emu2", _NO_MONEY, 39_500_000_000, _EMU2, 2048, 64, 2, True, True,
           "diffusers: multimodal_encoder, unet, vae"),
+    Known("OpenGVLab/MM-Interleaved", "mm_interleaved", _NO_MONEY, 14_868_000_000, _VICUNA, 2048, 64, 1, True, True,
+          "its makers', pickled",
+          "fetch it as Anole; before you convert it, put tokenizer.model of lmsys/vicuna-13b-v1.3 beside the pickles"),
 )  # fmt: skip
 
 DEFAULTS: dict[str, tuple[Shape, int]] = {
@@ -259,7 +263,7 @@ def _parts(folder: Path, family: str) -> "dict[str, Checkpoint]":
 
 
 def _layout(family: str, main: "Checkpoint", parts: list[str]) -> str:
-    if family == "tiny":
+    if family in ("tiny", "mm_interleaved"):
         return "Weft's own"
     if family == "emu2":
         return "Emu2's" if parts == [""] else f"diffusers: {', '.join(parts)}"
@@ -276,6 +280,10 @@ def _shape_of(config: dict[str, Any], family: str) -> tuple[Shape, int]:
     if family == "tiny":
         rows, heads = config["vocabulary"] + config["codec"]["codes"], config["heads"]
         return Shape(config["width"], config["layers"], config["mlp"], heads, heads, rows), config["context_length"]
+    if family == "mm_interleaved":
+        llm = config["llm"]
+        sizes = (llm[key] for key in ("width", "layers", "mlp", "heads", "heads", "vocabulary"))
+        return Shape(*sizes), llm["context_length"]
     usual, context = DEFAULTS[family]
     text = config.get("text_config") or config.get("language_config") or config
     heads = text.get("num_attention_heads", usual.heads)

@@ -56,9 +56,9 @@ class _SlotLayer(CacheLayerMixin):
         self._cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        slots = self._cache.slots
+        slots, room = self._cache.slots, self._cache.length if self._cache.is_static else 0
         self.keys, self.values = (
-            states.new_zeros(slots, states.shape[1], 0, states.shape[3]) for states in (key_states, value_states)
+            states.new_zeros(slots, states.shape[1], room, states.shape[3]) for states in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -91,12 +91,17 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """`slots` sequences of up to `length` positions, for any number of layers."""
+    """`slots` sequences of up to `length` positions, for any number of layers.
+
+    Args:
+        static: room for all positions is made at once, and keys and values stay where they are.
+    """
 
     frame: _Frame
 
-    def __init__(self, slots: int, length: int) -> None:
-        self.slots, self.length = slots, length
+    def __init__(self, slots: int, length: int, *, static: bool = False) -> None:
+        self.slots, self.length, self.is_static = slots, length, static
+        self._every: Tensor | None = None
         super().__init__(layer_class_to_replicate=partial(_SlotLayer, self))
 
     def step(self, positions: Tensor, reach: int, rings: Any = None, slots: Sequence[int] | None = None) -> DecodeStep:
@@ -108,14 +113,29 @@ class SlotCache(Cache):
             rings: the adapters' partial sums, where every row feeds one position.
             slots: the slot of each row; None: all, in order.
         """
-        device = positions.device
-        width = min(-(-reach // WIDTH_STEP) * WIDTH_STEP, self.length)
-        rows = torch.tensor(range(self.slots) if slots is None else slots, device=device)
+        device, width = positions.device, self.width(reach)
+        rows = self._all_slots(device) if slots is None else torch.tensor(slots, device=device)
         self.frame = _Frame(rows, positions, width, every_slot=slots is None)
         readable = torch.arange(width, device=device) <= positions[:, None, :, None]  # (B, 1, q, width)
         return DecodeStep(rows, positions, readable, self, rings)
+
+    def width(self, reach: int) -> int:
+        """Positions that are read where the largest is reach - 1."""
+        return min(-(-reach // WIDTH_STEP) * WIDTH_STEP, self.length)
+
+    def _all_slots(self, device: torch.device) -> Tensor:
+        # the same tensor in every step: a captured one reads no list
+        if self._every is None or self._every.device != device:
+            self._every = torch.arange(self.slots, device=device)
+        return self._every
 
     def clear(self, slot: int) -> None:
         """Forget what a slot holds."""
         for layer in cast("list[_SlotLayer]", self.layers):
             layer.keys[slot], layer.values[slot] = 0, 0
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Slot i takes what slot order[i] holds, as beams do."""
+        for layer in cast("list[_SlotLayer]", self.layers):
+            for stored in (layer.keys, layer.values):
+                stored.copy_(stored[list(order)])

@@ -9,13 +9,16 @@ not: what a row computes does not depend on its neighbours, and the shapes do no
 and everything after it is read by such steps, so that the adapters' partial sums start with each picture's own `[IMG]`.
 
 A guided request holds more slots, its shadows: the prompt without its text, and with nothing at all, then the pictures
-of the answer. Pictures are codes, drawn from logits, or vectors, which a regression gives.
+of the answer. Pictures are codes, drawn from logits, or vectors, which a regression gives; or they are painted at once
+from the states of all that stands before them, and read as a prompt's are.
 """
 
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import cast
 
 import torch
 from PIL import Image as PILImage
@@ -26,23 +29,29 @@ from weft.backbones.base import (
     DecodingOptions,
     Elements,
     Keep,
+    Painter,
     PictureForm,
     SpecialTokens,
     check_fits,
     encode_document,
+    pixels_of,
 )  # fmt: skip
 from weft.document import Document
 from weft.errors import ConfigError, DocumentError, UsageError
 from weft.generation.cache import SlotCache
+from weft.generation.capture import CudaGraphs, Kind, StaticStep
 from weft.generation.events import Answer, Event, Finished, ImageBegin, ImageReady, Reason, TextDelta, Usage, collect
-from weft.generation.inputs import Input, to_tensors
+from weft.generation.inputs import WIDTH, Drawing, Input, StepTensors, to_numbers
 from weft.generation.rows import Guidance, Place, Request, Row
-from weft.generation.sampling import GREEDY, INVALID, Draws, SamplingConfig, choose, guide
+from weft.generation.sampling import INVALID, SamplingConfig, choose, guide
+from weft.generation.sights import Sights
 from weft.generation.state import AnswerState, May, room_needed
 from weft.generation.text import TextStream
-from weft.layout import FEATURE, ImageSpan, Modality, TextSpan, TokenSequence, lay_out
+from weft.layout import FEATURE, ImageSpan, Modality, Span, TextSpan, TokenSequence, lay_out
 from weft.ops.packed_linear import Packs
+from weft.synchronizer.sight import Looks, Sight, see
 
+UNLIMITED = torch.iinfo(torch.int64).max
 SMALLEST_PICTURE = 3
 """Positions of the smallest picture there can be: what opens it, one element, what closes it."""
 
@@ -54,11 +63,14 @@ class Engine:
         slots: rows of every decoding step: answers written at once (a guided one takes two or three, see `slots_for`).
             The same request gets the same answer whatever is answered beside it, as long as this number is the same.
         context: positions of a sequence, prompt and answer; default and upper limit: the backbone's.
+        capture: steps run over tensors that stay where they are, on CUDA as graphs; room for the whole context is then
+            taken at once, and the model must not be changed. None: where the whole model is on one CUDA device, and has
+            no synchroniser, for which there is no such form.
     """
 
-    def __init__(self, backbone: Backbone, *, slots: int = 8, context: int | None = None) -> None:
-        if backbone.kind == "diffusion":
-            raise UsageError(f"{backbone.name} makes pictures at once; this engine writes them element by element")
+    def __init__(
+        self, backbone: Backbone, *, slots: int = 8, context: int | None = None, capture: bool | None = None
+    ) -> None:
         if slots < 1:
             raise UsageError(f"an engine needs at least one slot, got {slots}")
         if context is not None and not 1 < context <= backbone.context_length:
@@ -66,7 +78,12 @@ class Engine:
         self._backbone, self._slots = backbone, slots
         self._context = backbone.context_length if context is None else context
         self._device = backbone.device
-        self._cache = SlotCache(slots, self._context)
+        if capture is None:
+            is_on_one = {each.device for each in backbone.parameters()} == {self._device}
+            capture = self._device.type == "cuda" and is_on_one and backbone.synchronizer is None
+        elif capture and backbone.synchronizer is not None:
+            raise UsageError("steps with a synchroniser cannot be captured", fix="leave capture out")
+        self._cache = SlotCache(slots, self._context, static=capture)
         self._rings = None
         if backbone.routing is not None:
             from weft.adapters.rings import RingCache
@@ -77,14 +94,21 @@ class Engine:
         # rows and columns of the pictures being written, by slot and number in the sequence
         pictures = self._context // SMALLEST_PICTURE + 1
         self._grids = torch.zeros(slots, pictures, 2, dtype=torch.int64, device=self._device)
-        # what each slot reads next where that is a vector
+        # what each slot reads next where that is a vector; always this tensor
         self._vectors: Tensor | None = None
-        if backbone.kind == "continuous":
+        if backbone.kind != "discrete":
             self._vectors = torch.zeros(slots, 1, backbone.feature_width, device=self._device)
+        self._painter = cast(Painter, backbone) if backbone.kind == "diffusion" else None
+        self._hidden: Tensor | None = None
+        """(B, D) of the last step, where pictures are painted from it."""
+        self._sights = None if backbone.synchronizer is None else Sights(backbone.synchronizer, slots)
         self._blank: dict[PictureForm, Tensor | None] = {}
         self._permitted: Tensor | None = None
-        nothing = torch.zeros(2, slots)
-        self._guiding: tuple[list[int], Tensor, Tensor] = ([], nothing, nothing)
+        self._static: StaticStep | None = None
+        if capture:
+            numbers = torch.zeros(slots, WIDTH, dtype=torch.int64, device=self._device)
+            graphs = CudaGraphs(self._device) if self._device.type == "cuda" else None
+            self._static = StaticStep(self._compute, numbers, graphs)
         self._waiting: deque[Request] = deque()
         self._rows: dict[int, Row] = {}
         self._free = list(range(slots))
@@ -181,10 +205,8 @@ class Engine:
         # the prompt's last token is read by the first step, a shadow's last by its prefill
         places = [Place(slots[0], len(request.prompt) - 1)]
         places += (Place(slot, len(shadow)) for slot, shadow in zip(slots[1:], request.shadows, strict=True))
-        for place, sequence in zip(places, (request.prompt, *request.shadows), strict=True):
-            self._prefill(sequence, place.position, place.slot)
         room = self._context - len(request.prompt)
-        self._rows[request.id] = Row(
+        row = self._rows[request.id] = Row(
             request,
             places[0],
             places[1:],
@@ -194,36 +216,131 @@ class Engine:
             token=int(request.prompt.ids[-1]),
             prompt_images=sum(isinstance(span, ImageSpan) for span in request.prompt.spans),
         )
+        self._prefill(row)
 
-    def _prefill(self, sequence: TokenSequence, count: int, slot: int) -> None:
-        """Read the first `count` positions, which end in text, into a slot."""
-        if not count:
+    def _prefill(self, row: Row) -> None:
+        """Read what stands before each place of a row into its slot: one request at a time, in one forward."""
+        sequences, places = (row.request.prompt, *row.request.shadows), row.places
+        counts = [place.position for place in places]
+        length = max(counts)
+        if not length:
             return
-        layout = lay_out([sequence.spans])[:count].to(self._device)
-        positions = torch.arange(count, device=self._device)[None]
-        step = self._cache.step(positions, reach=count, slots=[slot])
-        ids, features = sequence.ids[None, :count].to(self._device), sequence.dense_features()
-        features = None if features is None else features[None, :count].to(self._device)
-        embeds = self._backbone.embed(ids, layout, features)
-        self._backbone.forward(embeds, layout, step)
+        spans = [_first(sequence, count) for sequence, count in zip(sequences, counts, strict=True)]
+        layout = lay_out(spans).to(self._device)
+        ids = torch.full((len(places), length), self._backbone.tokens.pad)
+        features = None
+        for b, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+            ids[b, :count] = sequence.ids[:count]
+            given = sequence.dense_features()
+            if given is not None:
+                features = given.new_zeros(*ids.shape, given.shape[-1]) if features is None else features
+                features[b, :count] = given[:count]
+        # what stands in a slot after its own positions is hidden, then written over
+        positions = torch.arange(length, device=self._device).expand(len(places), -1)
+        step = self._cache.step(positions, reach=length, slots=[place.slot for place in places])
+        features = None if features is None else features.to(self._device)
+        if self._sights is not None:
+            sight, vectors = self._look_at_prompt(row, sequences, length)
+            layout, features = layout.seeing(sight), features if vectors is None else vectors
+        embeds = self._backbone.embed(ids.to(self._device), layout, features)
+        hidden = self._backbone.forward(embeds, layout, step)
+        if self._painter is not None:
+            row.hidden.append(hidden[0, : counts[0]])
+
+    def _look_at_prompt(self, row: Row, sequences: Sequence[TokenSequence], length: int) -> tuple[Sight, Tensor | None]:
+        """What the first `length` positions of a prompt and its shadows see, and (B, length, D) their vectors, if any.
+
+        The pictures are kept for the steps that follow.
+        """
+        synchronizer, tokens = self._backbone.synchronizer, self._backbone.tokens
+        assert synchronizer is not None and self._sights is not None
+        layout = lay_out([sequence.spans for sequence in sequences]).to(self._device)
+        ids = torch.full(layout.shape, tokens.pad, device=self._device)
+        for b, sequence in enumerate(sequences):
+            ids[b, : len(sequence)] = sequence.ids
+        pixels = [picture.seen for sequence in sequences for picture in sequence.pixels]
+        stacked = torch.stack(pixels) if pixels else None
+        layout, vectors, looks = see(synchronizer, stacked, ids, layout, tokens.begin)
+        if looks is not None:
+            each = looks.split()
+            for place, sequence in zip(row.places, sequences, strict=True):
+                of_one, each = each[: len(sequence.pixels)], each[len(sequence.pixels) :]
+                if of_one:
+                    self._sights.add([place.slot], Looks.joined(of_one))
+                if place is row.place:
+                    self._remember(row, of_one)
+        if vectors is not None and row.token == FEATURE:
+            assert self._vectors is not None
+            self._vectors[row.place.slot] = vectors[0, row.place.position]
+        return layout.sight[:length], None if vectors is None else vectors[:, :length]
+
+    def _remember(self, row: Row, looks: Sequence[Looks]) -> None:
+        """Keep what the next picture is painted from."""
+        if self._painter is not None:
+            row.looks = [*row.looks, *looks][-self._painter.looks_back :]
 
     def _decode(self) -> list[Event]:
         inputs = self._inputs()
-        ids, positions, layout = to_tensors(inputs, self._grids)
-        step = self._cache.step(positions, reach=max(each.position for each in inputs) + 1, rings=self._rings)
-        embeds = self._backbone.embed(ids, layout, self._vectors)
         rows = list(self._rows.values())
         forced = [row.state.forced() for row in rows]
+        kind = self._kind(inputs, is_choosing=None in forced)
+        numbers = to_numbers(inputs, self._drawings())
+        sight = self._sight()
         with self._packs.in_use():
-            hidden = self._backbone.forward(embeds, layout, step)[:, 0]
-            # where no row has a choice, no head is run
-            chosen = self._choose(hidden, inputs) if None in forced else []
+            if self._static is None:
+                elements = self._compute(numbers.to(self._device), kind, sight)
+            else:
+                elements = self._static(numbers, kind)
+        chosen = [] if elements is None else elements.tolist()  # the one wait for the device
         events: list[Event] = []
         for row, without_choice in zip(rows, forced, strict=True):
             for place in row.places:
                 place.position += inputs[place.slot].is_real
-            events += self._take(row, chosen[row.place.slot] if without_choice is None else without_choice)
+            if self._hidden is not None:
+                row.hidden.append(self._hidden[row.place.slot, None])
+            if self._painter is not None and row.state.may() == May.PATCH:
+                events += self._paint(row, self._painter)
+            else:
+                events += self._take(row, chosen[row.place.slot] if without_choice is None else without_choice)
         return events
+
+    def _sight(self) -> Sight | None:
+        """What each slot sees in the coming step."""
+        synchronizer = self._backbone.synchronizer
+        if self._sights is None or synchronizer is None:
+            return None
+        seen = [0] * self._slots
+        for row in self._rows.values():
+            # the last of two shadows knows nothing but the picture being written
+            for place in row.places[:2]:
+                seen[place.slot] = row.seen(synchronizer.sees_itself)
+        return self._sights.step(seen)
+
+    def _kind(self, inputs: Sequence[Input], is_choosing: bool) -> Kind:
+        """What of the coming step is no number."""
+        # where no row has a choice, no head is run, nor one that no row needs; one that some row needs runs for all
+        predicted = {each.predicts.modality for each in inputs} if is_choosing else set()
+        return Kind(
+            self._cache.width(max(each.position for each in inputs) + 1),
+            text=Modality.TEXT in predicted,
+            image=Modality.IMAGE in predicted and self._painter is None,
+            guided=any(row.is_guided for row in self._rows.values()),
+            greedy=all(row.choice.temperature == 0 for row in self._rows.values()),
+        )
+
+    def _compute(self, numbers: Tensor, kind: Kind, sight: Sight | None = None) -> Tensor | None:
+        """(B, WIDTH) -> (B,) the next element of each slot, INVALID where no choice is left; None without a head."""
+        step = StepTensors.of(numbers, self._grids, kind.greedy)
+        layout = step.layout if sight is None else step.layout.seeing(sight)
+        embeds = self._backbone.embed(step.ids, layout, self._vectors)
+        where = self._cache.step(step.positions, reach=kind.width, rings=self._rings)
+        hidden = self._backbone.forward(embeds, layout, where)[:, 0]
+        self._hidden = None if self._painter is None else hidden
+        text = self._text(hidden, step) if kind.text else None
+        image = self._image(hidden, step, kind.guided) if kind.image else None
+        if text is None or image is None:
+            return text if image is None else image
+        return torch.where(step.is_image, image, text)
 
     def _inputs(self) -> list[Input]:
         """What each slot reads now."""
@@ -235,66 +352,44 @@ class Engine:
                 inputs[shadow.slot] = row.shadow_input(shadow, pad)
         return inputs
 
-    def _choose(self, hidden: Tensor, inputs: Sequence[Input]) -> list[int]:
-        """(B, D) -> the next element of each slot, INVALID where no choice is left; the one wait for the device."""
-        is_image = [each.predicts.modality == Modality.IMAGE for each in inputs]
-        draws = self._draws()
-        # a head that no row needs is left out; one that some row needs runs for all, so that shapes stay the same
-        if not any(is_image):
-            return self._text(hidden, draws).tolist()
-        elements = self._image(hidden, draws)
-        if not all(is_image):
-            rows = torch.tensor(is_image, device=self._device)
-            elements = torch.where(rows, elements, self._text(hidden, draws))
-        return elements.tolist()
-
-    def _draws(self) -> Draws:
-        choices, uniforms = [GREEDY] * self._slots, [0.0] * self._slots
+    def _drawings(self) -> list[Drawing]:
+        """How each slot chooses."""
+        nothing = Drawing(0, UNLIMITED, 0, 0)
+        drawings = [nothing._replace(without_text=slot, without_all=slot) for slot in range(self._slots)]
         for row in self._rows.values():
-            choices[row.place.slot], uniforms[row.place.slot] = row.choice, row.uniform()
-        return Draws.of(choices, uniforms, self._device)
+            slot, choice = row.place.slot, row.choice
+            drawing = drawings[slot]._replace(
+                may=row.state.may(),
+                top_k=choice.top_k or UNLIMITED,
+                temperature=choice.temperature,
+                top_p=choice.top_p,
+                uniform=row.uniform(),
+            )
+            if row.is_guided:
+                text, images = row.request.guidance
+                led = dict(zip(("without_text", "without_all"), (each.slot for each in row.shadows), strict=False))
+                drawing = drawing._replace(**led, text=text, images=images)
+            drawings[slot] = drawing
+        return drawings
 
-    def _text(self, hidden: Tensor, draws: Draws) -> Tensor:
+    def _text(self, hidden: Tensor, step: StepTensors) -> Tensor:
         """(B, D) -> (B,) the text token that each slot would write."""
         logits = self._backbone.text_logits(hidden)
-        may = [May(0)] * self._slots
-        for row in self._rows.values():
-            may[row.place.slot] = row.state.may()
         if self._permitted is None:
             self._permitted = _permitted(self._backbone.tokens, logits.shape[-1]).to(self._device)
-        is_allowed = self._permitted[torch.tensor(may, device=self._device)]
-        return choose(logits.masked_fill(~is_allowed, -torch.inf), draws)
+        return choose(logits.masked_fill(~self._permitted[step.may], -torch.inf), step.draws)
 
-    def _image(self, hidden: Tensor, draws: Draws) -> Tensor:
+    def _image(self, hidden: Tensor, step: StepTensors, guided: bool) -> Tensor:
         """(B, D) -> (B,) the element of a picture that each slot would write; vectors are kept in `_vectors`."""
         if self._vectors is not None:
-            self._vectors = self._backbone.image_features(hidden).unsqueeze(1)
+            self._vectors.copy_(self._backbone.image_features(hidden).unsqueeze(1))
             return torch.where(self._vectors.isfinite().all(-1)[:, 0], FEATURE, INVALID)
-        codes = choose(self._guided(self._backbone.image_logits(hidden)), draws)
+        logits = self._backbone.image_logits(hidden)
+        if guided:
+            without_text, without_all = step.sources
+            logits = guide(logits, logits[without_text], logits[without_all], *step.scales)
+        codes = choose(logits, step.draws)
         return torch.where(codes == INVALID, INVALID, codes + self._backbone.vocabulary)
-
-    def _guided(self, logits: Tensor) -> Tensor:
-        """(B, K) -> (B, K), the rows that are guided led away from their shadows."""
-        guided = [row for row in self._rows.values() if row.is_guided]
-        if not guided:
-            return logits
-        requests = [row.request.id for row in guided]
-        if requests != self._guiding[0]:  # the same from step to step while pictures are being written
-            self._guiding = requests, *self._lead_away(guided)
-        _, (without_text, without_all), (text, images) = self._guiding
-        return guide(logits, logits[without_text], logits[without_all], text, images)
-
-    def _lead_away(self, guided: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """(2, B) the slots that each slot is led away from, itself where it is not; and (2, B) by how much."""
-        sources = [list(range(self._slots)) for _ in range(2)]
-        scales = [[1.0] * self._slots for _ in range(2)]
-        for row in guided:
-            slot = row.place.slot
-            for kind, shadow in enumerate(row.shadows):
-                sources[kind][slot] = shadow.slot
-            for kind, scale in enumerate(row.request.guidance):
-                scales[kind][slot] = scale
-        return torch.tensor(sources, device=self._device), torch.tensor(scales, device=self._device)
 
     def _take(self, row: Row, element: int) -> list[Event]:
         """Add an element to an answer."""
@@ -314,12 +409,68 @@ class Engine:
         if state.last_raster is not None:
             row.elements.append(element)
             if self._vectors is not None:
-                row.vectors.append(self._vectors[row.place.slot, 0])
+                row.vectors.append(self._vectors[row.place.slot, 0].clone())
             if state.is_complete:
                 vectors = torch.stack(row.vectors).float() if row.vectors else None
                 elements = Elements(row.request.form, torch.tensor(row.elements, device=self._device), vectors)
-                return [ImageReady(request, state.images - 1, self._render(row, elements))]
+                picture = self._render(row, elements)
+                self._look_at_answer(row, picture)
+                return [ImageReady(request, state.images - 1, picture)]
         return []
+
+    def _look_at_answer(self, row: Row, picture: PILImage.Image) -> Looks | None:
+        """A picture of the answer is seen by what follows."""
+        if self._sights is None:
+            return None
+        pixels, synchronizer = pixels_of(self._backbone, picture, learn=False), self._backbone.synchronizer
+        assert pixels is not None and synchronizer is not None
+        looks = synchronizer.look(pixels.seen.unsqueeze(0))
+        self._sights.add([place.slot for place in row.places[:2]], looks)
+        self._remember(row, [looks])
+        return looks
+
+    def _paint(self, row: Row, painter: Painter) -> list[Event]:
+        """Paint the picture whose begin token was just read, and read all of it but the last element."""
+        context = torch.cat(row.hidden)
+        if not context[-1].isfinite().all():
+            return self._finish(row, "invalid_logits")
+        wanted, state = row.request.config, row.state
+        options = DecodingOptions(
+            wanted.seed + state.images - 1,
+            wanted.diffusion.steps,
+            wanted.diffusion.guidance,
+            scheduler=wanted.diffusion.scheduler,
+        )
+        picture = painter.paint(context, Looks.joined(row.looks) if row.looks else None, options)
+        looks = self._look_at_answer(row, picture)
+        assert looks is not None and looks.tokens is not None and self._vectors is not None
+        self._read_painted(row, looks.tokens)
+        self._vectors[row.place.slot] = looks.tokens[0, -1]
+        row.token = FEATURE
+        for _ in range(row.request.form.patches):
+            state.advance(FEATURE)
+        return [ImageReady(row.request.id, state.images - 1, picture)]
+
+    def _read_painted(self, row: Row, vectors: Tensor) -> None:
+        """(1, P, D), all but the last, which the next step reads. The begin token is read again: what the adapters make
+        of a picture starts with it."""
+        form, place = row.request.form, row.place
+        count = form.patches
+        # [IMG] and the elements after it, which all but it see their own picture
+        layout = lay_out([(TextSpan(1), ImageSpan(form.rows, form.cols, count - 1, after=0))]).to(self._device)
+        ids = torch.full((1, count), FEATURE, device=self._device)
+        ids[0, 0] = self._backbone.tokens.begin_image
+        features = torch.cat((torch.zeros_like(vectors[:, :1]), vectors[:, :-1]), 1)
+        visible = torch.ones(1, count, row.image + 1, dtype=torch.bool, device=self._device)
+        visible[:, 0, -1] = False
+        assert self._sights is not None
+        layout = layout.seeing(self._sights.of(place.slot, visible))
+        first = place.position - 1
+        positions = torch.arange(first, first + count, device=self._device).unsqueeze(0)
+        step = self._cache.step(positions, reach=first + count, slots=[place.slot])
+        hidden = self._backbone.forward(self._backbone.embed(ids, layout, features), layout, step)
+        row.hidden.append(hidden[0, 1:])
+        place.position = first + count
 
     def _begin_image(self, row: Row) -> None:
         row.begin_image()
@@ -344,7 +495,7 @@ class Engine:
             start = torch.tensor(self._backbone.chat.start[:1])
             nothing = TokenSequence(start, (TextSpan(1),), torch.zeros(1, dtype=torch.bool))
             config = SamplingConfig(first="image", max_images=1, max_text_tokens=0)
-            engine = _Vectors(self._backbone, slots=1, context=form.length + SMALLEST_PICTURE)
+            engine = _Vectors(self._backbone, slots=1, context=form.length + SMALLEST_PICTURE, capture=False)
             engine._start(Request(0, config, nothing, form, Guidance(1.0, 1.0)))
             for _ in engine.run():
                 pass
@@ -355,6 +506,8 @@ class Engine:
         del self._rows[row.request.id]
         for slot in row.slots:
             self._cache.clear(slot)
+            if self._sights is not None:
+                self._sights.clear(slot)
         self._free = sorted(self._free + row.slots)
         return [*_text(row.request.id, row.text.flush()), Finished(row.request.id, reason, row.usage)]
 
@@ -377,6 +530,12 @@ def generate(
     for event in engine.run():
         events[event.request].append(event)
     return [collect(of_one) for of_one in events.values()]
+
+
+def _first(sequence: TokenSequence, count: int) -> tuple[Span, ...]:
+    """The spans of its first `count` positions, all but some of the last one."""
+    last, left = sequence.spans[-1], sequence.spans[-1].length - len(sequence) + count
+    return (*sequence.spans[:-1], TextSpan(left) if isinstance(last, TextSpan) else replace(last, present=left))
 
 
 def _text(request: int, text: str) -> list[Event]:

@@ -12,7 +12,7 @@ from weft.generation.inputs import Input, element_input
 from weft.generation.sampling import Choice, SamplingConfig
 from weft.generation.state import AnswerState, May
 from weft.generation.text import TextStream
-from weft.layout import TokenSequence
+from weft.layout import FEATURE, TokenSequence
 from weft.synchronizer.sight import Looks
 
 
@@ -67,7 +67,7 @@ class Row:
     hidden: list[Tensor] = field(default_factory=list)
     """(n, D) each, of all that was read, where pictures are painted from it."""
     looks: list[Looks] = field(default_factory=list)
-    """Of all pictures so far, one each, where pictures are painted."""
+    """Of the last pictures, one each, where pictures are painted."""
 
     @property
     def places(self) -> list[Place]:
@@ -88,10 +88,11 @@ class Row:
 
     def input(self) -> Input:
         """What the row reads next."""
-        state = self.state
-        return element_input(
-            self.token, self.place.position, self.image, state.last_raster, state.next_raster, self.request.form.cols
-        )
+        state, form = self.state, self.request.form
+        last = state.last_raster
+        if self.token == FEATURE and last is None:
+            last = form.patches - 1  # the prompt ends with a picture
+        return element_input(self.token, self.place.position, self.image, last, state.next_raster, form.cols)
 
     def shadow_input(self, shadow: Place, pad: int) -> Input:
         """What a shadow reads at the same time: an element of a picture, or nothing."""
@@ -107,11 +108,10 @@ class Row:
         if len(self.shadows) == 2:
             self.shadows[1].position = len(self.request.shadows[1])
 
-    @property
-    def seen(self) -> int:
-        """Pictures of the sequence that its next input sees, if nothing sees itself: those that are whole."""
+    def seen(self, sees_itself: bool) -> int:
+        """Pictures of the sequence that its next input sees: those that are whole, or its own as well."""
         inside, form = self.state.inside, self.request.form
-        is_open = inside is not None and inside <= len(form.before) + form.patches
+        is_open = inside is not None and inside <= len(form.before) + (0 if sees_itself else form.patches)
         return self.prompt_images + self.state.images - is_open
 
     @property

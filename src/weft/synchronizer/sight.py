@@ -5,7 +5,7 @@
 The layout carries it, so that whoever runs a decoder stack says what its positions are and what they see in one go.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +28,18 @@ class Looks:
     tokens: Tensor | None = None
     """(M, P, D) what stands for each picture in the sequence, where that is no code."""
 
+    def split(self) -> "list[Looks]":
+        """Of every picture by itself."""
+        tokens = [None] * len(self.maps[0]) if self.tokens is None else self.tokens.split(1)
+        maps = zip(*(scale.split(1) for scale in self.maps), strict=True)
+        return [Looks(of_one, token) for of_one, token in zip(maps, tokens, strict=True)]
+
+    @classmethod
+    def joined(cls, looks: "Sequence[Looks]") -> "Looks":
+        tokens = [each.tokens for each in looks if each.tokens is not None]
+        maps = zip(*(each.maps for each in looks), strict=True)
+        return cls(tuple(torch.cat(scale) for scale in maps), torch.cat(tokens) if tokens else None)
+
 
 @dataclass(frozen=True)
 class Sight:
@@ -37,6 +49,10 @@ class Sight:
     """The pictures of each sequence; None: there is none in the whole batch."""
     visible: Tensor | None
     """(B, L, N) bool."""
+
+    def __getitem__(self, positions: slice) -> "Sight":
+        """A run of positions, every sequence."""
+        return Sight(self.bank, None if self.visible is None else self.visible[:, positions])
 
 
 NOTHING = Sight(None, None)
