@@ -31,12 +31,14 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "tokenizers", "matplotli
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "bs4": "beautifulsoup4",
+    "google": "protobuf",
+    "google_crc32c": "google-crc32c",
     "huggingface_hub": "huggingface-hub",
     "markdown_it": "markdown-it-py",
     "yaml": "pyyaml",
 }
 """What is imported under another name than it is installed by."""
-UNNAMED = {"lxml", "protobuf", "sentencepiece"}
+UNNAMED = {"lxml", "sentencepiece"}
 """Used by others on our behalf: Beautiful Soup parses, transformers converts tokenizers."""
 UNSAFE_MODULES = {"pickle", "dill", "shelve", "marshal", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "eval", "exec"}

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from weft.errors import WeftError
     from weft.generation import SamplingConfig, generate
     from weft.layout import layout_of_tokens
+    from weft.synchronizer import SynchronizerConfig, attach_synchronizer
     from weft.training import TrainConfig, train
 
 __version__ = "0.1.0"
@@ -20,12 +21,14 @@ __all__ = [
     "Document",
     "Image",
     "SamplingConfig",
+    "SynchronizerConfig",
     "Text",
     "TrainConfig",
     "Turn",
     "WeftError",
     "assistant",
     "attach",
+    "attach_synchronizer",
     "generate",
     "layout_of_tokens",
     "load_model",
@@ -42,6 +45,7 @@ _NAMES = {
     "weft.errors": ("WeftError",),
     "weft.generation": ("SamplingConfig", "generate"),
     "weft.layout": ("layout_of_tokens",),
+    "weft.synchronizer": ("SynchronizerConfig", "attach_synchronizer"),
     "weft.training": ("TrainConfig", "train"),
 }
 

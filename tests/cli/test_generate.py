@@ -110,3 +110,17 @@ def test_a_place_under_a_file_is_named(capsys):
     photo("photo.png")
     assert run("nano", "hello", "--out", "photo.png/answer", *BRIEF) == 1
     assert "a file stands where a folder is needed" in capsys.readouterr().err
+
+
+def test_beams_give_the_likeliest_text_and_draw_nothing(tmp_path, capsys):
+    out = tmp_path / "answer"
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", "nano", "hi", "--beams", "3", "--max-text-tokens", "4", "--out", str(out), "--json"])
+    assert not caught.value.code
+    first = json.loads(capsys.readouterr().out)
+    assert [part["type"] for part in first["parts"]] == ["text"]
+    assert first["usage"]["text_tokens"] <= 4
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", "nano", "hi", "--beams", "3", "--seed", "1"])
+    assert caught.value.code == 2
+    assert "--seed says how to draw" in capsys.readouterr().err

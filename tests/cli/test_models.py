@@ -18,7 +18,7 @@ from weft.adapters import AdapterConfig, adapter_parameters, attach
 from weft.backbones import catalogue, family_of
 from weft.backbones.catalogue import KNOWN, PRECISIONS, by_name
 
-FAMILIES = ("tiny", "chameleon", "janus", "emu3", "emu2")
+FAMILIES = ("tiny", "chameleon", "janus", "emu3", "emu2", "mm_interleaved")
 
 
 @pytest.fixture(autouse=True)
@@ -82,14 +82,20 @@ def released(known):
                 tie_word_embeddings=False,
             )  # fmt: skip
             return hf.JanusForConditionalGeneration(config)
+        if known.family == "mm_interleaved":
+            from weft.backbones.mm_interleaved import MMInterleavedBackbone, files
+            from weft.backbones.tokenizer import byte_tokenizer
+
+            return MMInterleavedBackbone(files.shipped("full"), byte_tokenizer(), "released")
         return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
 def test_the_sizes_of_a_row_are_those_of_the_released_architecture(known):
     model = released(known)
-    inner = vars(model.model)["_modules"]
-    stack = inner.get("language_model") or inner.get("text_model") or model.model
+    own = getattr(model, "decoder", None) or model.model
+    inner = vars(own)["_modules"]
+    stack = inner.get("language_model") or inner.get("text_model") or own
     layers = [p for p in stack.layers.modules() if isinstance(p, nn.Linear)]
     assert sum(layer.weight.numel() for layer in layers) == catalogue.linear_parameters(known.shape)
     total = sum({id(p): p.numel() for p in model.parameters()}.values())
@@ -130,6 +136,8 @@ def test_the_cache_has_the_bytes_of_the_formula(family, saved):
     shape = examine(saved[family]).shape
     cache = DynamicCache()
     embeds = torch.zeros(1, positions, shape.hidden, dtype=torch.bfloat16)
+    if model.synchronizer is not None:
+        model.synchronizer.insertion.set_without_pictures()
     decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == catalogue.cache_bytes(shape, positions)
@@ -309,9 +317,13 @@ def test_a_truncated_folder_is_named(saved, tmp_path, capsys):
 @pytest.fixture
 def converters(monkeypatch):
     """What would be converted by whom."""
-    from weft.backbones import emu2, meta
+    from weft.backbones import emu2, meta, mm_interleaved
+    from weft.backbones.mm_interleaved import files
 
     calls = []
+    # what it finds in real releases is tested with them; these pickles are empty
+    monkeypatch.setattr(files, "is_release", lambda source: str(source) == "m")
+    monkeypatch.setattr(mm_interleaved, "convert", lambda source, out: calls.append(("mm_interleaved", source, out)))
     monkeypatch.setattr(meta, "convert", lambda source, out: calls.append(("meta", source, out)))
     monkeypatch.setattr(emu2, "convert", lambda source, out: calls.append(("emu2", source, out)))
     return calls
@@ -326,6 +338,7 @@ def converters(monkeypatch):
         (["e/Emu2_pytorch_model.bin"], "e", "emu2", "e"),
         (["e/pytorch_model-00001-of-00002.bin", "e/config.json"], "e", "emu2", "e"),
         (["e/emu2.pt"], "e/emu2.pt", "emu2", "e/emu2.pt"),
+        (["m/pytorch_model-00001-of-00002.bin", "m/pytorch_model.bin.index.json"], "m", "mm_interleaved", "m"),
     ],
 )
 def test_what_the_folder_holds_decides_who_converts(converters, files, source, converter, given):

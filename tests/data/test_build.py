@@ -16,9 +16,9 @@ import pytest
 from tests.data.corpus import DAMAGED, GOOD, MIXED, chat, line, png, write, write_mixed
 from weft.data import open_dataset
 from weft.data.build import BuildConfig, build
-from weft.data.executor import ExecutorConfig, run
+from weft.data.shards import TIMES
 from weft.data.stage import Count, count
-from weft.errors import CheckpointError, DocumentError, UsageError, WeftError
+from weft.errors import CheckpointError, DocumentError, UsageError
 
 SAMPLES = Path(__file__).parents[2].parent / "shared" / "data" / "samples"
 
@@ -32,7 +32,8 @@ def ledger(folder: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != TIMES)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def dropped(entries: list[dict]) -> Count:
@@ -90,16 +91,6 @@ def test_kept_and_dropped_are_what_was_read(tmp_path, seed):
         assert Count(**stage["in"]) - Count(**stage["dropped"]) == Count(**following["in"])
 
 
-def test_processes_give_the_bytes_of_serial(tmp_path):
-    write_mixed(tmp_path / "in", MIXED * 8)
-    sources = ({"kind": "auto", "path": str(tmp_path / "in")}, {"kind": "picturebook", "n": 150, "seed": 3})
-    build(config(*sources), tmp_path / "serial")
-    build(config(*sources, executor={"kind": "processes", "workers": 2}), tmp_path / "processes")
-    assert contents(tmp_path / "serial") == contents(tmp_path / "processes")
-    build(config(*sources), tmp_path / "serial")  # replaces it
-    assert contents(tmp_path / "serial") == contents(tmp_path / "processes")
-
-
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs ../shared/data/samples")
 def test_the_samples_are_kept_whole(tmp_path):
     build(config({"kind": "auto", "path": str(SAMPLES)}), tmp_path / "out")
@@ -142,9 +133,10 @@ def test_markdown_steps_hold_the_pictures_of_the_sample(tmp_path, name):
 
 
 @pytest.mark.parametrize("call", [1, 3, 6])
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, call):
+def test_a_full_disk_leaves_no_dataset_and_the_work_that_was_done(tmp_path, monkeypatch, call):
     source = write_mixed(tmp_path / "in")
     made = config({"kind": "auto", "path": str(source)})
+    build(made, tmp_path / "unharmed")
     real, calls = os.fsync, []
 
     def full(handle):
@@ -156,7 +148,11 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, call):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         build(made, tmp_path / "out")
-    assert [entry.name for entry in tmp_path.iterdir() if "out" in entry.name] == ["outside.png"]
+    assert sorted(entry.name for entry in tmp_path.iterdir() if "out" in entry.name) == [".out.building", "outside.png"]
+    monkeypatch.setattr("weft.data.worker.Worker.__call__", None)  # nothing is left to be done
+    build(made, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "unharmed")
+    assert not (tmp_path / ".out.building").exists()
 
 
 def test_a_file_that_cannot_grow_leaves_nothing_and_says_why(tmp_path):
@@ -173,12 +169,6 @@ def test_a_file_that_cannot_grow_leaves_nothing_and_says_why(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_a_dead_worker_is_an_error_with_a_way_out():
-    with pytest.raises(WeftError, match="worker process died") as error:
-        list(run(ExecutorConfig(kind="processes", workers=1), os._exit, [3]))
-    assert "--executor.kind serial" in error.value.fix
-
-
 def test_a_failed_build_leaves_the_dataset_that_was_there(tmp_path, monkeypatch):
     made = config({"kind": "picturebook", "n": 5})
     build(made, tmp_path / "out")
@@ -187,11 +177,11 @@ def test_a_failed_build_leaves_the_dataset_that_was_there(tmp_path, monkeypatch)
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("weft.data.build.ShardWriter.close", fail)
+    monkeypatch.setattr("weft.data.commit.ShardWriter.close", fail)
     with pytest.raises(OSError, match="No space"):
         build(made, tmp_path / "out")
     assert contents(tmp_path / "out") == before
-    assert len(list(tmp_path.iterdir())) == 1
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.building", "out"]
 
 
 def test_what_is_no_dataset_is_never_replaced(tmp_path):
@@ -238,7 +228,7 @@ def test_a_jsonl_file_opens_as_a_dataset_or_names_its_bad_line(tmp_path):
 
 
 def test_a_line_longer_than_the_limit_costs_only_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr("weft.data.sources.chat_jsonl.MAX_RECORD", 1000)
+    monkeypatch.setattr("weft.data.sources.files.lines.MAX_RECORD", 1000)
     exact = line(chat("exact", text="x" * 0))
     exact = line(chat("exact", text="x" * (1000 - len(exact) + 1)))
     assert len(exact) == 1001  # the end of the line is not part of it

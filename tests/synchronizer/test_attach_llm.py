@@ -194,6 +194,16 @@ def test_only_the_insertion_trains_and_checkpointing_gives_the_same_gradients(em
         torch.testing.assert_close(again[name], grad, rtol=0, atol=1e-6 if name == "features" else 0, msg=name)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_very_first_forward_may_be_checkpointed(embeds, bank, visible, reentrant):
+    plain, again = (
+        gradients(decoder, attached(decoder), embeds, bank, visible, checkpointing=form)
+        for decoder, form in ((llama(), None), (llama(), reentrant))
+    )
+    for name, grad in plain.items():
+        torch.testing.assert_close(again[name], grad, rtol=0, atol=1e-6 if name == "features" else 0, msg=name)
+
+
 def test_an_encoder_is_trained_through_checkpointed_layers_that_are_not_reentrant(embeds, bank, visible):
     decoder, encoder = llama(), torch.nn.Linear(6, 6)
     insertion = attached(decoder)

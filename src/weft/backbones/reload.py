@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,17 +23,26 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weft.adapters import adapter_parameters
 from weft.adapters.export import export_text_lora
-from weft.adapters.inspection import inspect_adapter, read_base
+from weft.adapters.inspection import inspect_adapter
 from weft.adapters.merge import merge_text
 from weft.atomic import MANIFEST, verify_folder, write_folder
 from weft.backbones import load_model, save_backbone
-from weft.backbones.base import Backbone, encode_document
+from weft.backbones.base import Backbone, Painter, encode_document
 from weft.backbones.loading import LoadConfig
+from weft.backbones.trained import (
+    holds_adapter,
+    holds_parts,
+    own_parameters,
+    read_base_name,
+    read_parts,
+    trained_parameters,
+)
 from weft.document import Document, Image, Text, assistant, user
 from weft.errors import AdapterError, UsageError, WeftError
 from weft.layout import TokenSequence, lay_out
+from weft.synchronizer.adapter import AttachedSynchronizer
+from weft.synchronizer.sight import NOTHING, see
 
 NOISE = 1e-6
 """Of the largest logit: what another order of fp32 sums does. An adapter that changes less does nothing."""
@@ -69,25 +79,30 @@ def verify_adapter(
         AdapterError: the folder does not fit, its files changed since they were written, the logits differ (names the
             first tensor that does), or it does nothing.
     """
-    inspection = inspect_adapter(folder)
+    inspection = inspect_adapter(folder) if holds_adapter(folder) or read_base_name(folder) is None else None
     name = model or _base_name(folder)
     here = trained or load_model(name, folder, load)
     if (folder / MANIFEST).is_file():
         verify_folder(folder)
     sequences = probe(here)
     expected = logits(here, sequences)
-    from_base = _changes(expected, _base_logits(here, sequences))
+    if holds_parts(folder):  # what they replaced is only in the base's own files
+        base, _ = _in_fresh_process(name, None, str(here.device), load)
+    else:
+        base = _base_logits(here, sequences)
+    from_base = _changes(expected, base)
     if not from_base:
-        first = inspection.branches[0]
+        branches = () if inspection is None else inspection.branches
         raise AdapterError(
-            f"the adapter does nothing: its up-projections are zero, from {first.layer}.moss_{first.modality}_B on"
-            if all(branch.norm == 0 for branch in inspection.branches)
+            f"the adapter does nothing: its up-projections are zero, from {branches[0].layer}.moss_"
+            f"{branches[0].modality}_B on"
+            if branches and all(branch.norm == 0 for branch in branches)
             else "the adapter does nothing: the logits are those of the base model",
             where=str(folder),
             fix="train it",
         )
     there, hashes = _in_fresh_process(name, folder, str(here.device), load)
-    for key, value in _hashes(here).items():
+    for key, value in _hashes(here, folder).items():
         if hashes.get(key) != value:
             raise AdapterError(f"tensor {key} reads back changed", where=str(folder), fix="save the adapter again")
     difference = largest_difference(there, expected)
@@ -97,7 +112,7 @@ def verify_adapter(
             where=str(folder),
             fix="save the adapter again, and check that the base model is the same",
         )
-    idle = tuple(modality for modality in ("text", "image") if inspection.idle(modality))
+    idle = tuple(modality for modality in ("text", "image") if inspection is not None and inspection.idle(modality))
     return Verified(sum(map(len, sequences)), from_base, 0.0, idle)
 
 
@@ -160,27 +175,50 @@ def _png(picture: PILImage.Image) -> bytes:
 
 
 @torch.no_grad()
-def logits(backbone: Backbone, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
-    """What either head says of each sequence, (L, V) and (L, K) or (L, F), each alone, on the CPU."""
+def logits(backbone: Backbone, sequences: Sequence[TokenSequence], *, blind: bool = False) -> dict[str, Tensor]:
+    """What either head says of each sequence, (L, V) and (L, K) or (L, F), each alone, on the CPU.
+
+    Of a model that paints, the second is (T,) its errors in painting the sequence's pictures, with always the same
+    noise.
+
+    Args:
+        blind: without an attached synchroniser.
+    """
     found = {}
     stack = backbone.decoder
     training = stack.training
     stack.eval()
-    device = backbone.device
-    of_pictures = backbone.image_logits if backbone.kind == "discrete" else backbone.image_features
+    device, synchronizer = backbone.device, backbone.synchronizer
     for number, sequence in enumerate(sequences):
-        layout, features = lay_out([sequence.spans]).to(device), sequence.dense_features()
+        ids, layout, features = sequence.ids[None].to(device), lay_out([sequence.spans]), sequence.dense_features()
+        layout, looks = layout.to(device), None
         features = None if features is None else features[None].to(device)
-        hidden = backbone.forward(backbone.embed(sequence.ids[None].to(device), layout, features), layout)
-        for head, of in (("text", backbone.text_logits), ("image", of_pictures)):
-            found[f"{number}.{head}"] = of(hidden)[0].float().cpu()
+        if synchronizer is not None:
+            pixels = torch.stack([each.seen for each in sequence.pixels]) if sequence.pixels else None
+            layout, vectors, looks = see(synchronizer, pixels, ids, layout, backbone.tokens.begin)
+            layout = layout.seeing(NOTHING) if blind else layout
+            features = features if vectors is None else vectors
+        hidden = backbone.forward(backbone.embed(ids, layout, features), layout)
+        found[f"{number}.text"] = backbone.text_logits(hidden)[0].float().cpu()
+        if backbone.kind != "diffusion":
+            of_pictures = backbone.image_logits if backbone.kind == "discrete" else backbone.image_features
+            found[f"{number}.image"] = of_pictures(hidden)[0].float().cpu()
+        elif looks is not None:
+            painted = torch.stack([each.painted for each in sequence.pixels if each.painted is not None]).to(device)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                errors = cast(Painter, backbone).painting_errors(hidden, ids, layout, looks, painted)
+            found[f"{number}.image"] = errors.float().cpu()
     stack.train(training)
     return found
 
 
 def _base_logits(backbone: Backbone, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
-    with cast(PeftModel, backbone.decoder).disable_adapter():
-        return logits(backbone, sequences)
+    """Without adapter and attached synchroniser."""
+    blind = isinstance(backbone.synchronizer, AttachedSynchronizer)
+    stack = backbone.decoder
+    with stack.disable_adapter() if isinstance(stack, PeftModel) else nullcontext():
+        return logits(backbone, sequences, blind=blind)
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -197,16 +235,21 @@ def _changes(adapted: dict[str, Tensor], base: dict[str, Tensor]) -> float:
 
 
 def _base_name(folder: Path) -> str:
-    name = read_base(folder)
+    name = read_base_name(folder)
     if name is None:
         raise UsageError("the adapter folder names no base model", where=str(folder), fix="name it: --model NAME")
     return name
 
 
-def _hashes(backbone: Backbone) -> dict[str, str]:
+def _hashes(backbone: Backbone, folder: Path) -> dict[str, str]:
+    """Of every tensor that a folder put on a backbone."""
+    tensors = dict[str, Tensor](trained_parameters(backbone))
+    if holds_parts(folder):
+        own = dict(own_parameters(backbone))
+        tensors |= {f"parts.{name}": own[name] for name, _ in read_parts(folder)}
     return {
         name: hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, tensor in adapter_parameters(backbone).items()
+        for name, tensor in tensors.items()
     }
 
 
@@ -242,7 +285,7 @@ def main(model: str, adapter: str, device: str, load: str, out: str) -> None:
         backbone = load_model(model, adapter or None, LoadConfig.model_validate_json(load), device=device)
     except WeftError as error:
         sys.exit(error.what)
-    save_file(logits(backbone, probe(backbone)), out, metadata=_hashes(backbone) if adapter else None)
+    save_file(logits(backbone, probe(backbone)), out, metadata=_hashes(backbone, Path(adapter)) if adapter else None)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from weft.errors import DocumentError, UsageError
 from weft.images import read_image
 
 if TYPE_CHECKING:
-    from weft.generation import Answer, Event
+    from weft.generation import Answer, BeamConfig, Event
 
 
 @Parameter(name="*")
@@ -45,9 +45,28 @@ class Sampling:
     """At least so many pictures."""
     max_text_tokens: int | None = None
     """Text beyond them is cut off."""
+    beams: int | None = None
+    """Search so many texts at once for the likeliest, which ends where a picture would begin; nothing is drawn."""
+
+    def beam_search(self) -> "BeamConfig | None":
+        if self.beams is None:
+            return None
+        from weft.config import load_config
+        from weft.generation import BeamConfig
+
+        for name, value in asdict(self).items():
+            if value is not None and name not in ("beams", "max_text_tokens"):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} says how to draw, and with --beams nothing is drawn",
+                    where="weft generate",
+                    fix="give one of them",
+                )
+        limit = {} if self.max_text_tokens is None else {"max_tokens": self.max_text_tokens}
+        return load_config(BeamConfig, overrides={"beams": self.beams, **limit})
 
     def overrides(self) -> dict[str, Any]:
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        given.pop("beams", None)
         if "temperature" in given:
             given["text.temperature"] = given["image.temperature"] = given.pop("temperature")
         for name in ("steps", "scheduler"):
@@ -94,15 +113,20 @@ def generate(
     from weft.backbones import load_model
     from weft.config import load_config
     from weft.generation import Engine, SamplingConfig, collect, slots_for
+    from weft.generation.beams import best_text
     from weft.generation.render import write_answer, write_page
 
     place = _place(out, html)
-    config = load_config(SamplingConfig, overrides=sampling.overrides())
+    config, beams = load_config(SamplingConfig, overrides=sampling.overrides()), sampling.beam_search()
     document = _read_prompt(prompt, image)
     backbone = load_model(model, adapter, loading.config())
-    engine = Engine(backbone, slots=slots_for(backbone, config))
-    engine.submit(document, config)
-    answer = collect(engine.run() if json_output else _shown(engine.run()))
+    if beams is None:
+        engine = Engine(backbone, slots=slots_for(backbone, config))
+        engine.submit(document, config)
+        events = engine.run()
+    else:
+        events = iter(best_text(backbone, document, beams))
+    answer = collect(events if json_output else _shown(events))
     if html is not None:
         write_page(place, document, answer, title=f"weft generate {model}")
     else:
@@ -110,7 +134,7 @@ def generate(
             "model": model,
             "revision": backbone.revision,
             "adapter": adapter and str(adapter),
-            "sampling": config.model_dump(mode="json"),
+            "sampling": (config if beams is None else beams).model_dump(mode="json"),
         }
         write_answer(place, document, answer, made_by=made_by)
     if json_output:

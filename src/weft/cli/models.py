@@ -73,7 +73,9 @@ def show(name: str, /, *, json_output: Json = False) -> None:
 
 @app.command
 def convert(source: Path, out: Path, /) -> None:
-    """Write a pickled release (Meta's Chameleon, Anole, Emu2, MM-Interleaved) as safetensors, once. Reads tensors only, runs no code.
+    """Write a pickled release (Meta's Chameleon, Anole, Emu2, MM-Interleaved) as safetensors, once.
+
+    Reads tensors only, runs no code.
 
     Parameters
     ----------
@@ -104,9 +106,9 @@ def convert(source: Path, out: Path, /) -> None:
         meta.convert(source.parent if source.is_file() else source, out)
     else:
         from weft.backbones import emu2, mm_interleaved
-        from weft.backbones.mm_interleaved.files import is_release
+        from weft.backbones.mm_interleaved import files as mm_files
 
-        (mm_interleaved if is_release(source) else emu2).convert(source, out)
+        (mm_interleaved if mm_files.is_release(source) else emu2).convert(source, out)
     print(f"written to {out}", file=sys.stderr)
 
 

@@ -128,9 +128,16 @@ def _show_messages() -> None:
 
 def _describe_parameters(plan: "Plan") -> str:
     found = plan.parameters
-    parts = (("text branches", found.text), ("picture branches", found.image), ("whole modules", found.other))
+    parts = (
+        ("text branches", found.text),
+        ("picture branches", found.image),
+        ("whole modules", found.other),
+        ("the synchroniser", found.synchronizer),
+        ("the model's own parts", found.parts),
+    )
     of = ", ".join(f"{count:,} in {name}" for name, count in parts if count)
-    return f"{found.all:,} trained ({of}; as many as plain LoRA of rank {found.lora_rank:.3g})"
+    like = f"; as many as plain LoRA of rank {found.lora_rank:.3g}" if found.lora_rank else ""
+    return f"{found.all:,} trained ({of}{like})"
 
 
 def _print_plan(plan: "Plan") -> None:

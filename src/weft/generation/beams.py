@@ -19,6 +19,7 @@ from weft.backbones.base import Backbone, SpecialTokens, check_fits, encode_docu
 from weft.config import Config
 from weft.document import Document
 from weft.generation.cache import SlotCache
+from weft.generation.events import Event, Finished, Reason, TextDelta, Usage
 from weft.generation.inputs import TEXT, Input, to_tensors
 from weft.generation.sights import Sights
 from weft.layout import TokenSequence, lay_out
@@ -94,6 +95,14 @@ def beam_search(backbone: Backbone, document: Document, config: BeamConfig = Bea
         rows.keep([parent for parent, _ in going])
         running = [beam for _, beam in going]
     return [_hypothesis(backbone, score, beam, stops) for score, beam in finished]
+
+
+def best_text(backbone: Backbone, document: Document, config: BeamConfig = BeamConfig()) -> list[Event]:
+    """The likeliest text as the events of an answer, which has no pictures."""
+    best = beam_search(backbone, document, config)[0]
+    prompt = len(encode_document(backbone, document, answer=True))
+    reason: Reason = "length" if best.ended == "length" else "stop"
+    return [TextDelta(0, best.text), Finished(0, reason, Usage(prompt, len(best.ids), 0))]
 
 
 @dataclass(frozen=True)

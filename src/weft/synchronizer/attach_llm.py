@@ -128,7 +128,8 @@ class _Hooks:
         expected, self.expected = self.expected, None
         if expected is None:
             return
-        if not torch.equal(args[0].nan_to_num(), expected.nan_to_num()):
+        # detached: checkpointing counts what a forward saves for backward, and only the first one is checked
+        if not torch.equal(args[0].detach().nan_to_num(), expected.detach().nan_to_num()):
             raise self._unlike("attention is not simply added to the residual")
         self.is_checked = True
 

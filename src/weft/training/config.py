@@ -3,12 +3,25 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from weft.adapters import AdapterConfig
 from weft.backbones.loading import LoadConfig
 from weft.config import Config
+from weft.synchronizer import SynchronizerConfig
 from weft.training.objective import LossConfig
+
+_OFF = BeforeValidator(lambda value: None if value == "none" else value)
+"""`none` in a recipe leaves a section out."""
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataConfig(Config):
@@ -22,10 +35,31 @@ class DataConfig(Config):
     """Positions of the longest sequence; longer documents are cut in parts. None: what the model has."""
 
 
+class GroupConfig(Config):
+    """Parameters that are trained with figures of their own."""
+
+    match: str
+    """A regular expression, searched in the names of trained parameters: those of the adapter as it is saved, those of
+    an attached synchroniser after `synchronizer.`, the model's own after `parts.`."""
+    learning_rate: PositiveFloat | None = None
+    """At its peak. None: as all."""
+    weight_decay: NonNegativeFloat | None = None
+    """None: as all."""
+
+
 class OptimConfig(Config):
-    """AdamW without weight decay."""
+    """AdamW."""
 
     learning_rate: PositiveFloat = 8e-3
+    """At its peak."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    """Of full weights towards zero; adapters are best without."""
+    decays: Literal["all", "weights"] = "all"
+    """What weight decay acts on: `weights` leaves out biases and the parameters of layer norms."""
+    groups: tuple[GroupConfig, ...] = ()
+    """The first that matches a parameter counts."""
     batch: PositiveInt = 8
     """Documents of one step, over all processes."""
     micro_batch: PositiveInt | None = None
@@ -74,7 +108,12 @@ class TrainConfig(Config):
     model: str = "tiny"
     """A name, the folder of a model, or owner/name of a repository on the hub."""
     load: LoadConfig = LoadConfig()
-    adapter: AdapterConfig = AdapterConfig()
+    adapter: Annotated[AdapterConfig | None, _OFF] = AdapterConfig()
+    """`none`: the model gets none."""
+    synchronizer: Annotated[SynchronizerConfig | None, _OFF] = None
+    """Lets the model look at earlier pictures again; for models that have none of their own."""
+    parts: tuple[str, ...] = ()
+    """Regular expressions, searched in the names of the model's own parameters: these are trained too, in fp32."""
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -85,7 +124,7 @@ class TrainConfig(Config):
     threads: PositiveInt | None = None
     """Threads of the arithmetic on a CPU. None: as the process has them."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the products; adapters and optimizer stay in fp32, the frozen weights are as `load.dtype` says."""
+    """Of the products; what is trained and the optimizer stay in fp32, the frozen weights are as `load.dtype` says."""
     checkpointing: bool = False
     """Activations of a decoder layer are computed again in the backward pass: a third more time, a fraction of the
     memory."""
@@ -94,8 +133,16 @@ class TrainConfig(Config):
     validate_every: PositiveInt = 50
     """Steps between measurements on the validation documents, if there are any."""
     verify: bool = True
-    """In the end, load the adapter in a fresh process and compare its logits with those of the model just trained; the
-    run has an adapter only if they are equal, and not those of the base."""
+    """In the end, load what was trained in a fresh process and compare its logits with those of the model just trained;
+    the run has an adapter only if they are equal, and not those of the base."""
     resume: Annotated[Literal["auto", "never"] | Path, Field(union_mode="left_to_right")] = "auto"
     """`auto`: from the newest whole checkpoint in `out`, if any. `never`: a new run in a new folder. Or a checkpoint of
     this run to go back to; what came after it is removed."""
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> Self:
+        if self.adapter is None and self.synchronizer is None and not self.parts:
+            raise ValueError("nothing is trained: adapter is none, and there is no synchronizer and no parts")
+        if self.adapter is not None and self.adapter.isolate_gradients and (self.synchronizer or self.parts):
+            raise ValueError("adapter.isolate_gradients trains the adapter alone: leave out synchronizer and parts")
+        return self

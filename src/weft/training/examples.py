@@ -10,8 +10,8 @@ from weft.layout import TokenSequence
 log = logging.getLogger(__name__)
 
 KEPT_POSITIONS = 50_000_000
-"""Positions kept in memory, about 10 bytes each, the vectors of pictures beside them; documents beyond them are encoded
-again each time."""
+"""Positions kept in memory, about 10 bytes each, vectors and pixels of pictures counted like them; documents beyond
+them are encoded again each time."""
 
 
 class Examples:
@@ -32,8 +32,7 @@ class Examples:
         found = self._kept.get(number)
         if found is None:
             found = self._encode(number)
-            vectors = (0 if part.features is None else part.features.numel() * 4 // 10 for part in found)
-            size = sum(map(len, found)) + sum(vectors)
+            size = sum(map(_size, found))
             if size <= self._room:
                 self._kept[number] = found
                 self._room -= size
@@ -46,3 +45,10 @@ class Examples:
         parts = split_to_fit(sequence, self._context, "split")
         # a part of nothing but context would cost a forward and teach nothing
         return tuple(part for part in parts if part.is_target[1:].any()) or (parts[0],)
+
+
+def _size(part: TokenSequence) -> int:
+    """In positions."""
+    vectors = 0 if part.features is None else part.features.nbytes
+    pixels = sum(p.seen.nbytes + (0 if p.painted is None else p.painted.nbytes) for p in part.pixels)
+    return len(part) + (vectors + pixels) // 10

@@ -3,7 +3,8 @@
 config.yaml  inputs.json  environment.json    what was run, on what, where
 metrics.jsonl  timing.jsonl                   one line per step; the second is when, the first is all that is exact
 checkpoints/  samples/  samples.html
-adapter/                                      the result, as PEFT saves it: there when the run is finished
+adapter/                                      the result, as PEFT saves it: there when the run is finished; in it
+                                              synchronizer/ and parts.safetensors where such are trained
 """
 
 import importlib.metadata
@@ -17,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
-from weft.adapters import adapter_parameters, detach, load_adapter, save_adapter
 from weft.atomic import clean_leftovers, verify_folder, write_folder, write_json, write_text
 from weft.backbones.reload import verify_adapter
-from weft.config import to_yaml
+from weft.backbones.trained import detach_trained, load_trained, read_parts, save_trained, trained_parameters
+from weft.config import load_config, to_yaml
 from weft.errors import AdapterError, CheckpointError, ConfigError, UsageError
 from weft.training.checkpoint import (
     KEPT,
@@ -92,18 +92,23 @@ class RunFolder:
             remove_checkpoint(old)
 
     def finish(self, training: Training) -> None:
-        """Write the adapter, believed only after it was read back equal, by a fresh process too if the recipe says so.
+        """Write what was trained, believed only after it was read back equal, by a fresh process too if the recipe says
+        so. The model then holds what was read.
 
         Raises:
             CheckpointError: what was read back differs.
-            AdapterError: the fresh process fails or gives other logits, or the adapter does nothing.
+            AdapterError: the fresh process fails or gives other logits, or what was trained does nothing.
         """
+        training.set_learning(False)
+        backbone, parts = training.backbone, training.parts
         trained = {name: tensor.detach().clone() for name, tensor in training.parameters.items()}
         with write_folder(self.adapter) as staging:
-            save_adapter(training.backbone, staging)
-            detach(training.backbone)
-            load_adapter(training.backbone, staging)
-            for name, tensor in adapter_parameters(training.backbone).items():
+            save_trained(backbone, parts, staging)
+            found = {f"parts.{name}": tensor for name, tensor in read_parts(staging)} if parts.parameters else {}
+            detach_trained(backbone)
+            parts.lower()
+            load_trained(backbone, staging)
+            for name, tensor in (trained_parameters(backbone) | found).items():
                 if not torch.equal(tensor, trained[name].to(tensor.device)):
                     raise CheckpointError(f"tensor {name} of the saved adapter reads back changed", where=str(staging))
             if self.config.verify:
@@ -223,7 +228,8 @@ def _check_recipe(path: Path, config: TrainConfig) -> None:
         raise UsageError(
             "the folder holds a run already, and resume is never", where=str(path), fix="use another --out"
         )
-    before, now = _flat(yaml.safe_load(file.read_text())), _flat(config.model_dump(mode="json"))
+    # read as a recipe: a key that is newer than the run has its default
+    before, now = (_flat(each.model_dump(mode="json")) for each in (load_config(TrainConfig, file), config))
     for key in (*now, *before):
         if key not in FREE_KEYS and before.get(key) != now.get(key):
             raise ConfigError(

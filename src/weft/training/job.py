@@ -26,8 +26,8 @@ def train(
         for report in train(config):
             print(report.step, report.losses.total)
 
-    When the last step is done, `config.out / "adapter"` holds the adapter. Killed at any moment, the same call goes on
-    from the last checkpoint and ends with the same bytes.
+    When the last step is done, `config.out / "adapter"` holds what was trained. Killed at any moment, the same call
+    goes on from the last checkpoint and ends with the same bytes.
 
     Args:
         sampler: writes the answers that `config.sampling` asks for; without one there are none.
@@ -54,6 +54,7 @@ def train(
             if main:
                 run.record(report, training.progress)
                 if sampler is not None and prompts and report.step % (config.sampling.every or 1) == 0:
+                    training.set_learning(False)
                     write_samples(run.path, report.step, prompts, sampler(training.backbone, prompts))
                 if is_last or stopped or report.step % config.save_every == 0:
                     # last: whoever continues from a checkpoint finds everything before it

@@ -7,7 +7,7 @@ of each step's documents, and gradients and losses are summed over all of them.
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,21 +15,27 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from weft.adapters import adapter_parameters, attach, recompute_layers
+from weft.adapters import attach
 from weft.adapters.gradients import backward_by_modality
 from weft.backbones import load_backbone
 from weft.backbones.base import Backbone
+from weft.backbones.trained import Parts, choose_parts, trained_parameters
 from weft.data import Dataset, open_dataset
 from weft.data.collate import Batch, collate
 from weft.errors import ConfigError, DocumentError, NonFiniteError
 from weft.layout import TokenSequence
+from weft.synchronizer import attach_synchronizer
 from weft.training.checkpoint import Progress
 from weft.training.config import OptimConfig, ScheduleConfig, TrainConfig
 from weft.training.examples import Examples
+from weft.training.groups import make_groups
+from weft.training.modules import learning_modules, reach, recompute
 from weft.training.objective import Losses, Objective, count_targets, evaluate_loss
 from weft.training.order import batch_of_step, derive_seed, split
 
 MAX_SKIPPED_IN_A_ROW = 3
+VALIDATION = 2**32
+"""In place of a step's number where seeds are derived."""
 
 
 @dataclass
@@ -38,7 +44,9 @@ class Training:
 
     config: TrainConfig
     backbone: Backbone
-    """Its adapter is what is trained, for full fine-tuning too."""
+    """Its adapter is trained, for full fine-tuning too; so is a synchroniser attached to it."""
+    parts: Parts
+    """And these parameters of its own."""
     dataset: Dataset
     examples: Examples
     training: Sequence[int]
@@ -52,7 +60,13 @@ class Training:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        return adapter_parameters(self.backbone)
+        """All that is trained."""
+        return trained_parameters(self.backbone, self.parts)
+
+    def set_learning(self, learning: bool) -> None:
+        """With dropout, or without."""
+        for module in learning_modules(self.backbone, self.parts):
+            module.train(learning)
 
 
 @dataclass(frozen=True)
@@ -98,10 +112,10 @@ def make_accelerator() -> Accelerator:
 
 
 def build(config: TrainConfig) -> Training:
-    """A training at step 0: the frozen model with a fresh adapter, the documents, the optimizer.
+    """A training at step 0: the frozen model with what is fresh or trained of it, the documents, the optimizer.
 
     Raises:
-        ConfigError: the recipe's numbers do not fit the documents or the processes.
+        ConfigError: the recipe's numbers do not fit the documents or the processes, or a pattern no parameter.
         WeftError: the model or the documents cannot be opened.
     """
     if config.threads is not None:
@@ -121,22 +135,25 @@ def build(config: TrainConfig) -> Training:
             fix="lower data.validation, or build more data",
         )
     backbone = load_backbone(config.model, config.load, device=str(accelerator.device))
-    attach(backbone, config.adapter, seed=config.seed)
+    if config.adapter is not None:
+        attach(backbone, config.adapter, seed=config.seed)
+    if config.synchronizer is not None:
+        attach_synchronizer(backbone, config.synchronizer, seed=config.seed)
+    parts = choose_parts(backbone, config.parts)
     if config.checkpointing:
-        recompute_layers(backbone)
+        recompute(backbone, parts)
     context = min(config.data.context or backbone.context_length, backbone.context_length)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-    optimizer = torch.optim.AdamW(
-        adapter_parameters(backbone).values(), lr=config.optim.learning_rate, weight_decay=0.0
-    )
+    groups = make_groups(backbone, trained_parameters(backbone, parts), config.optim)
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
+    whole = Objective(backbone, precision, config.loss)
+    reach(whole, parts)
     # what is spread over devices or quantised stays where its loader put it
     is_placed = config.load.device_map is not None or config.load.quantize is not None
-    objective = accelerator.prepare(
-        Objective(backbone, precision, config.loss), device_placement=[False] if is_placed else None
-    )
+    objective = accelerator.prepare(whole, device_placement=[False] if is_placed else None)
     optimizer = accelerator.prepare(optimizer)
     examples = Examples(dataset, backbone, context)
-    return Training(config, backbone, dataset, examples, training, validation, objective, optimizer, accelerator)
+    return Training(config, backbone, parts, dataset, examples, training, validation, objective, optimizer, accelerator)
 
 
 def steps(training: Training) -> Iterator[StepReport]:
@@ -157,8 +174,7 @@ def steps(training: Training) -> Iterator[StepReport]:
         rank, processes = training.accelerator.process_index, training.accelerator.num_processes
         documents = [training.examples[number] for number in numbers[rank::processes]]
         sequences = [part for parts in documents for part in parts]
-        rate = learning_rate(config.optim, config.schedule, step)
-        losses, norm = _step(training, sequences, rate, derive_seed(config.seed, step, rank))
+        losses, norm = _step(training, sequences, step, derive_seed(config.seed, step, rank))
         skipped = losses is None
         progress.step = step
         progress.skipped += skipped
@@ -174,7 +190,7 @@ def steps(training: Training) -> Iterator[StepReport]:
             steps=config.schedule.steps,
             epoch=step * config.optim.batch / len(training.training),
             losses=losses or Losses(None, None, 0, 0, None),
-            learning_rate=rate,
+            learning_rate=learning_rate(config.optim, config.schedule, step),
             gradient_norm=norm,
             skipped=skipped,
             cut_documents=sum(len(parts) > 1 for parts in documents),
@@ -184,25 +200,40 @@ def steps(training: Training) -> Iterator[StepReport]:
 
 
 def validate(training: Training) -> Losses:
-    """Losses on the validation documents, without dropout; every process computes them whole."""
+    """Losses on the validation documents, without dropout; every process computes them whole.
+
+    What a model draws while it learns, such as noise on pictures, is here the same every time.
+    """
     parts = [part for number in training.validation for part in training.examples[number]]
-    training.backbone.decoder.eval()
+    training.set_learning(False)
     objective = training.accelerator.unwrap_model(training.objective)
-    return evaluate_loss(objective, _batches(training, parts))
+    with _drawing(training, derive_seed(training.config.seed, VALIDATION)):
+        return evaluate_loss(objective, _batches(training, parts))
+
+
+@contextmanager
+def _drawing(training: Training, seed: int) -> Iterator[None]:
+    """Random numbers are a function of `seed`, and the caller's are left alone."""
+    device = training.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def learning_rate(optim: OptimConfig, schedule: ScheduleConfig, step: int) -> float:
-    """The rate of step 1, 2, ..."""
+    """The rate of step 1, 2, ... of parameters without one of their own."""
+    return scheduled(optim.learning_rate, schedule, step)
+
+
+def scheduled(peak: float, schedule: ScheduleConfig, step: int) -> float:
     if step <= schedule.warmup:
-        return optim.learning_rate * step / schedule.warmup
+        return peak * step / schedule.warmup
     # one more, so that the last step still moves
     done = (step - schedule.warmup) / (schedule.steps - schedule.warmup + 1)
-    return optim.learning_rate * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * done)) / 2)
+    return peak * (schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def _step(
-    training: Training, sequences: Sequence[TokenSequence], rate: float, seed: int
-) -> tuple[Losses | None, float]:
+def _step(training: Training, sequences: Sequence[TokenSequence], step: int, seed: int) -> tuple[Losses | None, float]:
     """One update. No losses: something was not finite and nothing was changed."""
     accelerator, optimizer = training.accelerator, training.optimizer
     batches = list(_batches(training, sequences))
@@ -213,15 +244,12 @@ def _step(
             where=", ".join(part.name or "?" for part in sequences),
             fix="keep only documents with a turn of the assistant",
         )
-    training.backbone.decoder.train()
+    training.set_learning(True)
     sums = torch.zeros(2, device=accelerator.device)
     weights = accelerator.unwrap_model(training.objective).weights(counts)
     # gradients are averaged over processes and wanted as a sum
     scale = accelerator.num_processes * weights
-    device = accelerator.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # dropout is a function of the step, and the caller's random numbers are left alone
-        torch.manual_seed(seed)
+    with _drawing(training, seed):  # dropout is a function of the step
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
             with nullcontext() if is_last else accelerator.no_sync(training.objective):
@@ -233,7 +261,7 @@ def _step(
     is_finite = math.isfinite(norm) and bool(sums.isfinite().all())
     if is_finite:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = scheduled(group["peak"], training.config.schedule, step)
         optimizer.step()
     optimizer.zero_grad()
     return (Losses.of(sums, counts, weights) if is_finite else None), norm
@@ -241,7 +269,8 @@ def _step(
 
 def _backward(training: Training, losses: Tensor) -> None:
     """Add the gradients of (2,) losses of text and pictures."""
-    if training.config.adapter.isolate_gradients:
+    adapter = training.config.adapter
+    if adapter is not None and adapter.isolate_gradients:
         text, image = losses
         backward_by_modality(training.backbone.decoder, text, image, training.accelerator.backward)
     else:

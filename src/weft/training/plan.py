@@ -3,6 +3,7 @@
 import resource
 import statistics
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -44,25 +45,30 @@ class Parameters:
     """Of text branches, also where these serve pictures too."""
     image: int
     other: int
-    """Of modules that are trained whole."""
+    """Of modules that an adapter trains whole."""
+    synchronizer: int
+    parts: int
+    """The model's own."""
     lora_rank: float
-    """Of the plain LoRA on the same layers that would train as many: what to compare with at an equal number."""
+    """Of the plain LoRA on the adapted layers that would train as many: what to compare with at an equal number. 0
+    where no layer is adapted."""
 
     @property
     def all(self) -> int:
-        return self.text + self.image + self.other
+        return self.text + self.image + self.other + self.synchronizer + self.parts
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Parameters":
-        """Those of a model with an adapter."""
-        counts = {"text": 0, "image": 0, "other": 0}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                kind = next((kind for kind in ("text", "image") if f".moss_{kind}_" in name), "other")
-                counts[kind] += parameter.numel()
+    def of(cls, model: nn.Module, trained: Mapping[str, nn.Parameter]) -> "Parameters":
+        """Of a decoder stack and all that is trained, see `trained_parameters`."""
+        counts = {"text": 0, "image": 0, "other": 0, "synchronizer": 0, "parts": 0}
+        for name, parameter in trained.items():
+            beside = name.split(".")[0]
+            kind = beside if beside in ("synchronizer", "parts") else "other"
+            kind = next((kind for kind in ("text", "image") if f".moss_{kind}_" in name), kind)
+            counts[kind] += parameter.numel()
         layers = (module for module in model.modules() if isinstance(module, MossLinear))
         per_rank = sum(layer.in_features + layer.out_features for layer in layers)
-        return cls(**counts, lora_rank=sum(counts.values()) / per_rank)
+        return cls(**counts, lora_rank=sum(counts.values()) / per_rank if per_rank else 0.0)
 
 
 @dataclass(frozen=True)
@@ -97,14 +103,16 @@ def make_plan(config: TrainConfig) -> Plan:
     first = training.training[batch_of_step(config.seed, 1, config.optim.batch, len(training.training))[0]]
     sequence = training.examples[first][0]
     reports = list(islice(steps(training), MEASURED_STEPS))
-    parameters = Parameters.of(training.backbone.decoder)
+    trained = training.parameters
+    everything = {id(parameter): parameter for parameter in (*training.backbone.parameters(), *trained.values())}
+    parameters = Parameters.of(training.backbone.decoder, trained)
     return Plan(
         document=sequence.name or f"number {first}",
-        stretches=describe(training.backbone, sequence, config.adapter.to_peft()),
+        stretches=describe(training.backbone, sequence, None if config.adapter is None else config.adapter.to_peft()),
         training_documents=len(training.training),
         validation_documents=len(training.validation),
         parameters=parameters,
-        frozen_parameters=sum(parameter.numel() for parameter in training.backbone.parameters()) - parameters.all,
+        frozen_parameters=sum(parameter.numel() for parameter in everything.values()) - parameters.all,
         peak_bytes=_peak_bytes(training),
         # the first step also warms up
         seconds_per_step=statistics.median(report.seconds for report in reports[-2:]),
@@ -112,7 +120,7 @@ def make_plan(config: TrainConfig) -> Plan:
     )
 
 
-def describe(backbone: Backbone, sequence: TokenSequence, adapter: MossConfig) -> tuple[Stretch, ...]:
+def describe(backbone: Backbone, sequence: TokenSequence, adapter: MossConfig | None) -> tuple[Stretch, ...]:
     """What each position of a sequence reads, which branch it takes, and where something is learnt."""
     layout = lay_out([sequence.spans])
     branches = _branches(layout, adapter)
@@ -141,8 +149,10 @@ def describe(backbone: Backbone, sequence: TokenSequence, adapter: MossConfig) -
     return tuple(stretches)
 
 
-def _branches(layout: ModalityLayout, adapter: MossConfig) -> list[str]:
+def _branches(layout: ModalityLayout, adapter: MossConfig | None) -> list[str]:
     """The branch that every position of a single sequence takes."""
+    if adapter is None:
+        return ["none"] * layout.shape[1]
     if adapter.branches.shared:
         return ["text"] * layout.shape[1]
     routes = route(layout, adapter.rule)
