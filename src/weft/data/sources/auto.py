@@ -12,6 +12,7 @@ from typing import Literal
 from weft.config import Config
 from weft.data.sources import chat_jsonl, elements, folder
 from weft.data.sources.base import PICTURES, Plan, Source, Unit, root_of, skipped, walk
+from weft.data.sources.files import lines
 from weft.data.stage import Record
 from weft.errors import UsageError
 
@@ -44,7 +45,7 @@ def plan(config: Auto) -> Plan:
         elif not claimed.isdisjoint(path.parents):
             others.append(skipped(file, "beside_doc_json"))
         elif path.suffix == ".jsonl":
-            units += chat_jsonl.units(root, file)
+            units += lines.units(root, file, "chat_jsonl")
         elif path.suffix.lower() not in folder.MARKDOWN + folder.HTML:
             others.append(skipped(file, "other_format"))
         elif path.stem.lower() == "readme" and config.path.is_dir():

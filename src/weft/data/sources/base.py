@@ -12,7 +12,7 @@ from weft.config import Config
 from weft.data.stage import Count, Loss, Outcome, Record, RecordError
 from weft.document import Document
 from weft.errors import ImageError, PathError, UsageError
-from weft.images import read_image
+from weft.images import inside, read_image
 
 MAX_RECORD = 16 * 2**20
 """Bytes of one line, or of one Markdown, HTML or JSON file."""
@@ -20,18 +20,34 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 OnBadImage = Literal["record", "image"]
 
+
+class FileSource(Config):
+    """What every source made of files of records can be told."""
+
+    path: Path
+    """A file, or a folder of such files."""
+    images: Path | None = None
+    """The folder that pictures' paths are relative to, and must stay in; None: that of the file which names them."""
+    on_bad_image: OnBadImage = "record"
+    """What a picture that cannot be read costs: the `record`, or only the `image`."""
+
+
 C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A run of records that one worker reads: `number` of them in `file`, from number `first`, at byte `offset`."""
+    """A run of records that one worker reads: `number` of them in `file`, from number `first`, at byte `offset`.
+
+    Where they cannot be told apart without being read (compressed files), `number` is 0: all to the end.
+    """
 
     format: str
     file: str
     first: int = 1
     number: int = 1
     offset: int = 0
+    """Of its first record; in a Parquet file the number of the row group."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,8 @@ _WHY = {
     "built_dataset": "this folder is a dataset that was built before",
     "other_format": "this source does not read files of this kind",
     "beside_doc_json": "doc.json of this folder is the document",
+    "pickled": "it is a pickle, which can run code when it is loaded; such files are never read",
+    "benchmark": "it belongs to a test split, which must not be trained on",
     "readme": "a README describes the folder; name the file itself as the source to read it",
 }
 
@@ -158,7 +176,12 @@ def parse_json(data: bytes) -> Any:
         raise RecordError("too_deep", "brackets are nested too deeply") from error
     except ValueError as error:
         raise RecordError("bad_number", f"not JSON: {error}") from error
-    if "\\ud" in text.lower() and not _is_unicode(json.dumps(value, ensure_ascii=False)):
+    return check_unicode(value) if "\\ud" in text.lower() else value
+
+
+def check_unicode(value: Any) -> Any:
+    """The same value; `RecordError` if a string in it holds half of a surrogate pair."""
+    if not _is_unicode(json.dumps(value, ensure_ascii=False)):
         raise RecordError("lone_surrogate", "a string holds half of a surrogate pair")
     return value
 
@@ -192,6 +215,26 @@ def load_picture(root: Path, relative: str, field: str | None = None) -> bytes |
         return Loss("image", "image_path", error.what, field, relative)
     except ImageError as error:
         return Loss("image", "image_missing", error.what, field, relative)
+
+
+def has_picture(root: Path, relative: str) -> bool:
+    """Whether `load_picture` would find a file."""
+    try:
+        return inside(root, relative).is_file()
+    except (PathError, OSError):
+        return False
+
+
+def read_json(root: Path, relative: str) -> Any:
+    """The value of a small JSON file under `root` that a record names.
+
+    Raises:
+        RecordError: it is not there, outside, too large or not JSON.
+    """
+    try:
+        return parse_json(read_limited(inside(root, relative)))
+    except PathError as error:
+        raise RecordError("path", error.what) from error
 
 
 def settle(document: Document, losses: list[Loss], on_bad_image: OnBadImage) -> Outcome:
