@@ -81,8 +81,12 @@ class Projected:
     shapes: Shapes
     weight: Tensor
     """(R, Cq): from a query to its H * K * 2 offsets and H * S * K logits."""
+    bias: Tensor
+    """(R,) with the nearest picture."""
     table: Tensor
-    """(max_images - 1 or fewer, R): what the nearest, the next, ... picture adds to them."""
+    """(max_images - 1 or fewer, R): what the nearest, the next, ... picture adds to that; the nearest nothing."""
+    null: Tensor
+    """(H, E): what the null slot of every head adds to the output."""
 
 
 class FeatureSynchronizer(nn.Module):
@@ -138,11 +142,14 @@ class FeatureSynchronizer(nn.Module):
         weight = torch.cat((self.sampling_offsets.weight, self._without_null(self.attention_weights.weight)))
         bias = torch.cat((self.sampling_offsets.bias, self._without_null(self.attention_weights.bias)))
         by_place = self.query_relpos.weight[1 : features.shape[1] + 1] + self.dynamic_offset_mask.bias
+        table = F.linear(by_place, weight, bias)
         return Projected(
             values.unflatten(3, (c.heads, -1)),
             bank.shapes,
             weight @ self.dynamic_offset_mask.weight,
-            F.linear(by_place, weight, bias),
+            table[:1].sum(0),
+            table - table[:1],
+            (self.ignore_token.view(-1) * self.output_proj.weight).unflatten(1, (c.heads, -1)).sum(2).T,
         )
 
     def forward(
@@ -175,8 +182,7 @@ class FeatureSynchronizer(nn.Module):
             projected.values, projected.shapes, self._points(points, offsets, pictures, projected.shapes), weights,
             pictures, impl=impl,
         )  # fmt: skip
-        found = found + null * self.ignore_token.view(c.heads, -1)
-        out = self.output_proj(found.flatten(2))
+        out = self.output_proj(found.flatten(2)) + null @ projected.null
         return out.masked_fill((pictures < 0).all(2, keepdim=True), 0.0) if c.without_images == "zero" else out
 
     def _without_null(self, rows: Tensor) -> Tensor:
@@ -209,7 +215,9 @@ class FeatureSynchronizer(nn.Module):
     def _offsets_and_logits(self, queries: Tensor, pictures: Tensor, projected: Projected) -> tuple[Tensor, Tensor]:
         """(B, Q, H, M, 1, K, 2) and (B, Q, H, M, S, K), -inf where there is no picture."""
         c = self.config
-        both = F.linear(queries, projected.weight).unsqueeze(2) + projected.table[: pictures.shape[2]]
+        both = F.linear(queries, projected.weight, projected.bias).unsqueeze(2)
+        if pictures.shape[2] != 1:
+            both = both + projected.table[: pictures.shape[2]]
         offsets, logits = both.split((c.heads * c.points * 2, c.heads * len(c.sides) * c.points), 3)
         logits = logits.masked_fill((pictures < 0).unsqueeze(3), -torch.inf)
         return (
@@ -238,12 +246,19 @@ class FeatureSynchronizer(nn.Module):
             steps = [(unit / cols, unit / rows) for unit, (rows, cols) in zip(units, shapes, strict=True)]
         if len(set(steps)) == 1:  # maps of the configured sides: the same points in all scales
             steps = steps[:1]
-        moved = at[..., :2] + offsets * offsets.new_tensor(steps).unsqueeze(1)
+        moved = torch.addcmul(at[..., :2], offsets, offsets.new_tensor(steps).unsqueeze(1))
         return moved.expand(len(pictures), -1, -1, -1, -1, -1, -1)
 
 
 def _softmax_with_zero(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, Q, H, ...) -> weights of the same shape, and (B, Q, H, 1) that of one logit more, zero."""
-    flat = torch.cat((logits.flatten(3), logits.new_zeros(*logits.shape[:3], 1)), 3)
-    weights = flat.softmax(3)
-    return weights[..., :-1].view(logits.shape), weights[..., -1:]
+    """(B, Q, H, M, S, K) -> weights of the same shape, and (B, Q, H) that of one logit more, zero.
+
+    Summed picture by picture, the nearest first: a query's bits are the same beside one that sees more pictures.
+    """
+    top = logits.flatten(3).amax(3).clamp_min(0) if logits.shape[3] else logits.new_zeros(logits.shape[:3])
+    top = top.detach()
+    each, null = (logits - top[..., None, None, None]).exp(), (-top).exp()
+    total = null
+    for picture in each.flatten(4).sum(4).unbind(3):
+        total = total + picture
+    return each / total[..., None, None, None], null / total

@@ -2,8 +2,8 @@
 
     out[bag] = sum over samples and corners of share * table[cell + corner]          a bag is one query of one head
 
-Samples are never written down, only the cell above and left of each and its place between four cells. A table holds the
-maps of one scale, head by head, so that the few maps that many bags in a row read stay in the cache:
+Samples are never written down, only the cell above and left of each and its place between four cells. A table holds,
+head by head, the maps of all scales, so that the few cells that many bags in a row read stay in the cache:
 
     . . . . .      a b c . .     two cells of zeros after every row of a map and two rows after every map, which are
     . . . . .      d e f . .     also what comes before the next row and the next map: a point outside is moved to
@@ -14,7 +14,9 @@ Towards the values the sum runs the other way: samples are sorted by cell, and a
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import reduce
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,9 +25,9 @@ from torch.nn import functional as F
 
 from weft.ops.deform_attn.reference import Shapes
 
-SAMPLES_AT_ONCE = 1 << 16
-"""Heads are taken together up to this many samples of one scale: for fewer the calls would cost more than the work, and
-more would cost memory for nothing."""
+SAMPLES_AT_ONCE = 1 << 17
+"""Heads are taken together up to this many samples: for fewer the calls would cost more than the work, and more would
+cost memory for nothing."""
 
 
 def by_bags(value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor, pictures: Tensor) -> Tensor:
@@ -39,43 +41,40 @@ class _Bags(torch.autograd.Function):
         ctx.save_for_backward(value, points, weights, pictures)
         ctx.shapes = shapes
         (batch, queries, heads, _, _, _), channels = weights.shape, value.shape[-1]
-        reads = _Reads.of(pictures, value.shape[1])
+        reads, atlas = _Reads.of(pictures, value.shape[1]), _Atlas.of(value, shapes)
         out = value.new_empty(heads, batch * queries, channels)
-        for some in reads.parts(weights):
-            found = torch.zeros((), dtype=_exact(value))
-            for table, samples in _scales(value, shapes, points, weights, reads, some):
-                starts = reads.starts(samples)
-                for corner, shares in zip(samples.corners, samples.shares(), strict=True):
-                    found = found + _sums(table.rows[corner:], samples.cells, starts, shares)
-            out[some] = found.view(-1, batch * queries, channels)
+        for some, samples in _parts(atlas, reads, points, weights):
+            table, starts = atlas.table(value[:, :, :, some]), reads.starts(samples)
+            of_corners = (
+                _sums(table[corner:], cells, starts, shares)
+                for (cells, corner), shares in zip(samples.corners, samples.shares(), strict=True)
+            )
+            out[some] = reduce(Tensor.add_, of_corners).view(-1, batch * queries, channels)
         return out.view(heads, batch, queries, channels).permute(1, 2, 0, 3)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         value, points, weights, pictures = ctx.saved_tensors
-        _, _, heads, _, scales, each = weights.shape
-        reads, slots = _Reads.of(pictures, value.shape[1]), pictures.numel()
+        reads, atlas = _Reads.of(pictures, value.shape[1]), _Atlas.of(value, ctx.shapes)
         dout = dout.permute(2, 0, 1, 3).flatten(1, 2).to(_exact(value))
         dvalue = torch.empty_like(value)
-        dpoints = points.new_zeros(points.shape[4], 2, heads, slots, each)
-        dweights = weights.new_zeros(scales, heads, slots, each)
-        for some in reads.parts(weights):
-            dbags, dmaps = dout[some].flatten(0, 1), _maps(dvalue, ctx.shapes)
-            for s, (table, samples) in enumerate(_scales(value, ctx.shapes, points, weights, reads, some)):
-                starts, dplane = reads.starts(samples), dpoints[min(s, len(dpoints) - 1), :, some]
-                dots = [_dots(table.rows[corner:], samples.cells, starts, dbags) for corner in samples.corners]
-                dfx, dfy, dw = samples.towards(*dots)
-                reads.add_to(dplane[0], dfx.mul_(table.shape[3]))
-                reads.add_to(dplane[1], dfy.mul_(table.shape[2]))
-                reads.add_to(dweights[s, some], dw)
-                table.rows.zero_()
-                _add_to_cells(table.rows, samples, reads.bags(samples), dbags)
-                next(dmaps)[some] = table.maps()
+        dpoints = points.new_zeros(points.shape[2], pictures.numel(), *points.shape[4:])
+        dweights = weights.new_zeros(weights.shape[2], pictures.numel(), *weights.shape[4:])
+        for some, samples in _parts(atlas, reads, points, weights):
+            table, starts = atlas.table(value[:, :, :, some]), reads.starts(samples)
+            dbags = dout[some].flatten(0, 1)
+            dots = [_dots(table[corner:], cells, starts, dbags) for cells, corner in samples.corners]
+            dfx, dfy, dw = (of.unflatten(2, weights.shape[4:]) for of in samples.towards(*dots))
+            for axis, of in enumerate((dfx.mul_(atlas.cols), dfy.mul_(atlas.rows))):
+                reads.add_to(dpoints[some, ..., axis], of if points.shape[4] > 1 else of.sum(2, keepdim=True))
+            reads.add_to(dweights[some], dw)
+            atlas.add_up(table, samples, reads.bags(samples), dbags)
+            atlas.copy(table, dvalue[:, :, :, some])
         of = (*pictures.shape[:2], -1)
         return (
-            dvalue, None, dpoints.unflatten(3, of).permute(3, 4, 2, 5, 0, 6, 1),
-            dweights.unflatten(2, of).permute(2, 3, 1, 4, 0, 5), None,
+            dvalue, None, dpoints.unflatten(1, of).permute(1, 2, 0, 3, 4, 5, 6),
+            dweights.unflatten(1, of).permute(1, 2, 0, 3, 4, 5), None,
         )  # fmt: skip
 
 
@@ -102,19 +101,13 @@ class _Reads(NamedTuple):
         first = counts.cumsum(0) - counts
         return cls(None if len(slot) == len(flat) else slot, picture.int(), query.int(), first.int())
 
-    def parts(self, weights: Tensor) -> Iterator[slice]:
-        """Heads to take at once."""
-        heads, samples = weights.shape[2], max(len(self.picture) * weights.shape[5], 1)
-        step = max(SAMPLES_AT_ONCE // samples, 1)
-        return (slice(start, min(start + step, heads)) for start in range(0, heads, step))
-
-    def pick(self, plane: Tensor) -> Tensor:
-        """(B, Q, h, M, K) -> (h, T, K)"""
-        plane = plane.permute(2, 0, 1, 3, 4).flatten(1, 3)
+    def pick(self, of_slots: Tensor) -> Tensor:
+        """(B, Q, h, M, ...) -> (h, T, ...)"""
+        plane = of_slots.movedim(2, 0).flatten(1, 3)
         return (plane if self.slot is None else plane[:, self.slot]).contiguous()
 
     def add_to(self, plane: Tensor, found: Tensor) -> None:
-        """found (h, T, K) to plane (h, B * Q * M, K)"""
+        """found (h, T, ...) to plane (h, B * Q * M, ...)"""
         if self.slot is None:
             plane += found
         else:
@@ -126,35 +119,37 @@ class _Reads(NamedTuple):
         return (self.first * each + _steps(heads, pairs * each)).flatten()
 
     def bags(self, samples: "_Samples") -> Tensor:
-        """(h * T * K,) the bag of every sample."""
+        """(h * T * S * K,) the bag of every sample."""
         heads, _, each = samples.cells.shape
         return (self.query + _steps(heads, len(self.first))).unsqueeze(2).expand(-1, -1, each).flatten()
 
 
 class _Samples(NamedTuple):
-    """Of some heads, in one scale."""
+    """Of some heads."""
 
     cells: Tensor
-    """(h, T, K) int32: the row of the table above and left of the point."""
+    """(h, T, S * K) int32: the row of the table above and left of the point."""
     fx: Tensor
-    """(h, T, K) the way from there to the right, 0 to 1."""
+    """(h, T, S * K) the way from there to the right, 0 to 1."""
     fy: Tensor
-    """(h, T, K) the way down."""
+    """(h, T, S * K) the way down."""
     weights: Tensor
-    below: int
-    """Rows of the table from a cell to the one below."""
+    below: Tensor
+    """(S * K,) int32: rows of the table from a cell to the one below."""
 
     @property
-    def corners(self) -> tuple[int, int, int, int]:
-        """Rows of the table from `cells` to the four: left and right above, left and right below."""
-        return 0, 1, self.below, self.below + 1
+    def corners(self) -> Iterator[tuple[Tensor, int]]:
+        """Left and right above, left and right below: as cells, and rows of the table from there."""
+        for cells in (self.cells, self.cells + self.below):
+            yield cells, 0
+            yield cells, 1
 
     def shares(self) -> Iterator[Tensor]:
         """The weight of each corner."""
         lower = self.weights * self.fy
         for row in (self.weights - lower, lower):
             right = row * self.fx
-            yield row - right
+            yield row.sub_(right)
             yield right
 
     def towards(self, above: Tensor, above_right: Tensor, below: Tensor, below_right: Tensor) -> tuple[Tensor, ...]:
@@ -166,61 +161,105 @@ class _Samples(NamedTuple):
         return dfx, down * self.weights, above.addcmul_(down, self.fy)
 
 
-class _Table(NamedTuple):
+class _Atlas(NamedTuple):
+    """Where the maps of B * N pictures are in a table: for every head, scale after scale."""
+
+    shapes: Shapes
+    pictures: int
+    starts: tuple[int, ...]
+    """Of the scales among the rows of a head, and their end."""
+    cols: Tensor
+    """(S, 1)"""
     rows: Tensor
-    """(before + h * pictures * (rows + 2) * (cols + 2), C)"""
-    shape: tuple[int, ...]
-    """h, pictures, rows, cols"""
+    """(S, 1)"""
 
     @classmethod
-    def of(cls, maps: Tensor, dtype: torch.dtype) -> "_Table":
-        """maps (h, pictures, rows, cols, C)"""
-        *shape, channels = maps.shape
-        heads, pictures, rows, cols = shape
-        size = (heads * pictures * (rows + 2) + 2) * (cols + 2) + 2
-        table = cls(maps.new_zeros(size, channels, dtype=dtype), tuple(shape))
-        table.maps().copy_(maps)
+    def of(cls, value: Tensor, shapes: Shapes) -> "_Atlas":
+        pictures, starts = value.shape[0] * value.shape[1], [0]
+        for rows, cols in shapes:
+            starts.append(starts[-1] + (pictures * (rows + 2) + 2) * (cols + 2) + 2)
+        sides = torch.tensor(shapes, dtype=_exact(value))
+        return cls(shapes, pictures, tuple(starts), sides[:, 1:], sides[:, :1])
+
+    def table(self, value: Tensor) -> Tensor:
+        """value (B, N, V, h, C) -> (h * starts[S], C)"""
+        table = value.new_zeros(value.shape[3] * self.starts[-1], value.shape[4], dtype=_exact(value))
+        for maps, of_value in self._maps(table, value):
+            maps.copy_(of_value)
         return table
 
-    def maps(self) -> Tensor:
-        """(h, pictures, rows, cols, C)"""
-        heads, pictures, rows, cols = self.shape
-        cells = self.rows[2 * (cols + 2) + 2 :].view(heads, pictures, rows + 2, cols + 2, self.rows.shape[1])
-        return cells[:, :, :rows, :cols]
+    def copy(self, table: Tensor, value: Tensor) -> None:
+        """Back, to value (B, N, V, h, C)."""
+        for maps, of_value in self._maps(table, value):
+            of_value.copy_(maps)
 
-    def samples(self, pictures: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> _Samples:
-        """pictures (T,); x, y as fractions and weights (h, T, K)"""
-        heads, images, rows, cols = self.shape
-        (column, fx), (row, fy) = _between(x, cols), _between(y, rows)
-        size = (rows + 2) * (cols + 2)
+    def _maps(self, table: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scale by scale the same cells of both, (h, B * N, rows, cols, C)."""
+        parts = value.split([rows * cols for rows, cols in self.shapes], 2)
+        for (rows, cols), of_head, part in zip(self.shapes, self._scales(table), parts, strict=True):
+            maps = of_head[:, 2 * (cols + 2) + 2 :].unflatten(1, (self.pictures, rows + 2, cols + 2))
+            yield maps[:, :, :rows, :cols], part.flatten(0, 1).unflatten(1, (rows, cols)).permute(3, 0, 1, 2, 4)
+
+    def _scales(self, table: Tensor) -> Iterator[Tensor]:
+        """Scale by scale (h, the rows of it, C)."""
+        of_heads = table.view(-1, self.starts[-1], table.shape[1])
+        return (of_heads[:, start:end] for start, end in pairwise(self.starts))
+
+    def first_cells(self, reads: _Reads, heads: int, each: int) -> Tensor:
+        """(h, T, S * K) int32: where the map begins that a sample reads."""
+        start, size = self._of_samples(each, lambda s, rows, cols: (self.starts[s], (rows + 2) * (cols + 2)))
+        return reads.picture.unsqueeze(1) * size + start + _steps(heads, self.starts[-1]).unsqueeze(2)
+
+    def samples(self, first: Tensor, points: Tensor, weights: Tensor) -> _Samples:
+        """points (h, T, S or 1, K, 2) as fractions, weights (h, T, S, K)"""
+        width, last = self._of_samples(weights.shape[3], lambda _, rows, cols: (cols + 2, (rows + 3) * (cols + 2)))
+        x, y = points.to(self.cols.dtype).unbind(4)
+        (column, fx), (row, fy) = _between(x, self.cols), _between(y, self.rows)
         # a point that is not a number lies anywhere: its shares are not numbers either
-        cells = row.mul_(cols + 2).add_(column).int().clamp_(0, size + cols + 2)
-        cells += ((pictures + _steps(heads, images)) * size).unsqueeze(2)
-        return _Samples(cells, fx, fy, weights, cols + 2)
+        cells = row.mul_(width).add_(column).int().clamp_(width.new_zeros(()), last).add_(first)
+        return _Samples(cells, fx, fy, weights.to(self.cols.dtype).flatten(2), width)
+
+    def _of_samples(self, each: int, size: Callable[[int, int, int], tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Two (S * K,) int32: sizes that depend on the scale, for each of its samples."""
+        sizes = [size(s, rows, cols) for s, (rows, cols) in enumerate(self.shapes)]
+        first, second = torch.tensor(sizes, dtype=torch.int32).repeat_interleave(each, 0).T.contiguous()
+        return first, second
+
+    def add_up(self, table: Tensor, samples: _Samples, bags: Tensor, dbags: Tensor) -> None:
+        """Of every row of the table, the shares that bags took of it, times their gradients."""
+        cells, order = samples.cells.flatten().sort(stable=True)
+        counts = torch.bincount(cells, minlength=len(table))
+        starts, bags = (counts.cumsum(0) - counts).int(), bags[order]
+        fx, fy, weights = (of.flatten()[order] for of in (samples.fx, samples.fy, samples.weights))
+        shares = samples._replace(fx=fx, fy=fy, weights=weights).shares()
+        for below in (False, True):
+            left, right = (_sums(dbags, bags, starts, share) for share in (next(shares), next(shares)))
+            left[1:] += right[:-1]
+            if not below:
+                table.copy_(left)
+                continue
+            for (_, cols), of_head, found in zip(self.shapes, self._scales(table), self._scales(left), strict=True):
+                of_head[:, cols + 2 :] += found[:, : -(cols + 2)]
 
 
-def _between(fractions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The cell before a point, counted from two cells left of the map, and the way from there to the next."""
-    at = torch.add(1.5, fractions, alpha=size).clamp_(0, size + 3)
-    cell = at.floor().clamp_(max=size + 2)
+def _parts(atlas: _Atlas, reads: _Reads, points: Tensor, weights: Tensor) -> Iterator[tuple[slice, _Samples]]:
+    """Some heads at once."""
+    heads, scales, each = (weights.shape[axis] for axis in (2, 4, 5))
+    step = min(max(SAMPLES_AT_ONCE // max(len(reads.picture) * scales * each, 1), 1), heads)
+    first = atlas.first_cells(reads, step, each)
+    for start in range(0, heads, step):
+        some = slice(start, min(start + step, heads))
+        picked = (reads.pick(of[:, :, some]) for of in (points, weights))
+        yield some, atlas.samples(first[: some.stop - start], *picked)
+
+
+def _between(fractions: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """(h, T, S or 1, K) -> (h, T, S * K) the cell before, counted from two left of the map, and the way to the next."""
+    at = (fractions * size).flatten(2).add_(1.5)
+    each = fractions.shape[3]
+    at.clamp_(size.new_zeros(()), (size + 2).expand(-1, each).flatten())
+    cell = at.floor()
     return cell, at.sub_(cell)
-
-
-def _scales(
-    value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor, reads: _Reads, some: slice
-) -> Iterator[tuple[_Table, _Samples]]:
-    exact = _exact(value)
-    for s, maps in enumerate(_maps(value, shapes)):
-        if s < points.shape[4]:
-            x, y = (reads.pick(points[:, :, some, :, s, :, axis].to(exact)) for axis in (0, 1))
-        table = _Table.of(maps[some], exact)
-        yield table, table.samples(reads.picture, x, y, reads.pick(weights[:, :, some, :, s].to(exact)))
-
-
-def _maps(value: Tensor, shapes: Shapes) -> Iterator[Tensor]:
-    """value (B, N, V, H, C) scale by scale as (H, B * N, rows, cols, C)"""
-    for part, shape in zip(value.split([rows * cols for rows, cols in shapes], 2), shapes, strict=True):
-        yield part.flatten(0, 1).unflatten(1, shape).permute(3, 0, 1, 2, 4)
 
 
 def _sums(table: Tensor, cells: Tensor, starts: Tensor, shares: Tensor) -> Tensor:
@@ -228,23 +267,13 @@ def _sums(table: Tensor, cells: Tensor, starts: Tensor, shares: Tensor) -> Tenso
 
 
 def _dots(table: Tensor, cells: Tensor, starts: Tensor, dbags: Tensor) -> Tensor:
-    """(h, T, K): each sample's row of the table times the gradient of its bag."""
+    """(h, T, S * K): each sample's row of the table times the gradient of its bag."""
     zeros = table.new_zeros(cells.shape)
     ends = torch.cat((starts, starts.new_tensor([cells.numel()])))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that sparse tensors are young
         where = torch.sparse_csr_tensor(ends, cells.flatten(), zeros.flatten(), (len(dbags), len(table)))
     return torch.sparse.sampled_addmm(where, dbags, table.T, beta=0.0).values().view_as(cells)
-
-
-def _add_to_cells(dtable: Tensor, samples: _Samples, bags: Tensor, dbags: Tensor) -> None:
-    cells, order = samples.cells.flatten().sort(stable=True)
-    counts = torch.bincount(cells, minlength=len(dtable))
-    starts, bags = (counts.cumsum(0) - counts).int(), bags[order]
-    fx, fy, weights = (of.flatten()[order] for of in (samples.fx, samples.fy, samples.weights))
-    ordered = _Samples(cells, fx, fy, weights, samples.below)
-    for corner, shares in zip(ordered.corners, ordered.shares(), strict=True):
-        dtable[corner:] += _sums(dbags, bags, starts[: len(dtable) - corner], shares)
 
 
 def _steps(count: int, step: int) -> Tensor:
