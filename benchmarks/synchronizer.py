@@ -1,8 +1,8 @@
 """What a synchroniser is good for: small things in a picture.    python -m benchmarks.synchronizer [--quick]
 
-The task: a page of four scenes, twice as wide and high as the pictures that the tiny generalist knows; then a question
-for the colour of one of the four things. As codes, a thing of the page is about one patch, which the codec never saw so
-small. MoSS must make do with these codes; a synchroniser looks at the page itself.
+The task: a page twice as wide and high as the pictures that the tiny generalist knows, with a small scene somewhere in
+the middle; then a question for the colour of the thing in it. As codes, that thing is less than one patch, which the
+codec never saw so small. MoSS must make do with these codes; a synchroniser looks at the page itself.
 
 The frozen generalist is trained four ways, nothing, MoSS, synchroniser, both, with the same documents and steps, and
 asked about pages that training did not show. An answer counts as right if every token of the colour's name is the
@@ -36,7 +36,7 @@ from weft.synchronizer.eye import EyeConfig
 from weft.synchronizer.sight import see
 from weft.training import TrainConfig, build, steps
 
-SYNCHRONIZER = SynchronizerConfig(eye=EyeConfig(side=2 * SIDE, width=64, stem=32, scales=3), every=3, heads=4)
+SYNCHRONIZER = SynchronizerConfig(eye=EyeConfig(side=2 * SIDE, width=32, stem=16, scales=3), every=2, heads=4)
 WAYS: dict[str, tuple[AdapterConfig | None, SynchronizerConfig | None]] = {
     "nothing": (None, None),
     "MoSS": (AdapterConfig(kind="moss", rank=8, kernel=2), None),
@@ -45,23 +45,23 @@ WAYS: dict[str, tuple[AdapterConfig | None, SynchronizerConfig | None]] = {
 }
 
 
-def page(rng: random.Random) -> tuple[PILImage.Image, list[Thing]]:
-    """Four scenes of one small thing each, of different kinds, two by two."""
-    things = [Thing(kind, rng.choice(COLORS), "small") for kind in rng.sample(KINDS, 4)]
+def page(rng: random.Random) -> tuple[PILImage.Image, Thing]:
+    """A page of one grey, and in its middle a picture of half the usual width with one thing in it."""
+    thing = Thing(rng.choice(KINDS), rng.choice(COLORS), "big")
     setting, when = rng.choice(SETTINGS), rng.choice(TIMES)
-    picture = PILImage.new("RGB", (2 * SIDE, 2 * SIDE))
-    for number, thing in enumerate(things):
-        place = rng.choice(("left", "middle", "right"))
-        picture.paste(draw(Scene(setting, when, ((place, thing),))), (number % 2 * SIDE, number // 2 * SIDE))
-    return picture, things
+    picture = PILImage.new("RGB", (2 * SIDE, 2 * SIDE), (rng.randint(90, 200),) * 3)
+    inner = draw(Scene(setting, when, (("middle", thing),)))
+    inner = inner.resize((SIDE // 2, SIDE // 2), PILImage.Resampling.BOX)
+    left, top = (3 * SIDE // 4 + rng.randint(-SIDE // 8, SIDE // 8) for _ in range(2))
+    picture.paste(inner, (left, top))
+    return picture, thing
 
 
 def question(rng: random.Random, name: str) -> tuple[Document, str]:
     """A document and the colour that its answer names."""
-    shown, things = page(rng)
-    asked = rng.choice(things)
-    turns = (user(Image(encode_png(shown)), f"the {asked.kind} turns"), assistant(f"{asked.color}."))
-    return Document(turns, name), asked.color
+    shown, thing = page(rng)
+    turns = (user(Image(encode_png(shown)), f"the {thing.kind} turns"), assistant(f"{thing.color}."))
+    return Document(turns, name), thing.color
 
 
 def write_questions(folder: Path, count: int, seed: int) -> Path:
@@ -90,6 +90,7 @@ def train(file: Path, way: str, count: int, seed: int) -> Backbone:
             "optim": {"learning_rate": 4e-3, "batch": 8},
             "schedule": {"steps": count, "warmup": 20},
             "seed": seed,
+            "threads": torch.get_num_threads(),
         }
     )
     training = build(config)
@@ -124,10 +125,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
+    parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     seeds, documents, count, asked = ((0,), 600, 80, 200) if given.quick else ((0, 1, 2), 1500, 250, 400)
     count = given.steps or count
-    torch.set_num_threads(2)
+    torch.set_num_threads(given.threads)
     hits: dict[str, list[list[bool]]] = {way: [] for way in given.ways}
     seconds: dict[str, float] = dict.fromkeys(given.ways, 0.0)
     with tempfile.TemporaryDirectory() as folder:
