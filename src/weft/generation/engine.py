@@ -102,6 +102,7 @@ class Engine:
         self._hidden: Tensor | None = None
         """(B, D) of the last step, where pictures are painted from it."""
         self._sights = None if backbone.synchronizer is None else Sights(backbone.synchronizer, slots)
+        self._idle = [Drawing(0, UNLIMITED, slot, slot) for slot in range(slots)]
         self._blank: dict[PictureForm, Tensor | None] = {}
         self._permitted: Tensor | None = None
         self._static: StaticStep | None = None
@@ -354,22 +355,16 @@ class Engine:
 
     def _drawings(self) -> list[Drawing]:
         """How each slot chooses."""
-        nothing = Drawing(0, UNLIMITED, 0, 0)
-        drawings = [nothing._replace(without_text=slot, without_all=slot) for slot in range(self._slots)]
+        drawings = list(self._idle)
         for row in self._rows.values():
             slot, choice = row.place.slot, row.choice
-            drawing = drawings[slot]._replace(
-                may=row.state.may(),
-                top_k=choice.top_k or UNLIMITED,
-                temperature=choice.temperature,
-                top_p=choice.top_p,
-                uniform=row.uniform(),
-            )
-            if row.is_guided:
-                text, images = row.request.guidance
-                led = dict(zip(("without_text", "without_all"), (each.slot for each in row.shadows), strict=False))
-                drawing = drawing._replace(**led, text=text, images=images)
-            drawings[slot] = drawing
+            shadows = [each.slot for each in row.shadows] if row.is_guided else []
+            without_text, without_all = (*shadows, slot, slot)[:2]
+            text, images = row.request.guidance if row.is_guided else (1.0, 1.0)
+            drawings[slot] = Drawing(
+                row.state.may(), choice.top_k or UNLIMITED, without_text, without_all,
+                choice.temperature, choice.top_p, row.uniform(), text, images,
+            )  # fmt: skip
         return drawings
 
     def _text(self, hidden: Tensor, step: StepTensors) -> Tensor:
