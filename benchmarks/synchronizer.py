@@ -1,7 +1,7 @@
 """What a synchroniser is good for: small things in a picture.    python -m benchmarks.synchronizer [--quick]
 
-The task: a page twice as wide and high as the pictures that the tiny generalist knows, with a small scene somewhere in
-the middle; then a question for the colour of the thing in it. As codes, that thing is less than one patch, which the
+The task: a page twice as wide and high as the pictures that the tiny generalist knows, with a small scene in its middle;
+then a question for the colour of the thing in it. As codes, that thing is less than one patch, which the
 codec never saw so small. MoSS must make do with these codes; a synchroniser looks at the page itself.
 
 The frozen generalist is trained four ways, nothing, MoSS, synchroniser, both, with the same documents and steps, and
@@ -36,7 +36,7 @@ from weft.synchronizer.eye import EyeConfig
 from weft.synchronizer.sight import see
 from weft.training import TrainConfig, build, steps
 
-SYNCHRONIZER = SynchronizerConfig(eye=EyeConfig(side=2 * SIDE, width=32, stem=16, scales=3), every=2, heads=4)
+SYNCHRONIZER = SynchronizerConfig(eye=EyeConfig(side=2 * SIDE, width=32, stem=16, scales=3), every=2, heads=4, offset_init=1.0)
 WAYS: dict[str, tuple[AdapterConfig | None, SynchronizerConfig | None]] = {
     "nothing": (None, None),
     "MoSS": (AdapterConfig(kind="moss", rank=8, kernel=2), None),
@@ -52,8 +52,7 @@ def page(rng: random.Random) -> tuple[PILImage.Image, Thing]:
     picture = PILImage.new("RGB", (2 * SIDE, 2 * SIDE), (rng.randint(90, 200),) * 3)
     inner = draw(Scene(setting, when, (("middle", thing),)))
     inner = inner.resize((SIDE // 2, SIDE // 2), PILImage.Resampling.BOX)
-    left, top = (3 * SIDE // 4 + rng.randint(-SIDE // 8, SIDE // 8) for _ in range(2))
-    picture.paste(inner, (left, top))
+    picture.paste(inner, (3 * SIDE // 4, 3 * SIDE // 4))
     return picture, thing
 
 

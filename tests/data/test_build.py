@@ -16,7 +16,6 @@ import pytest
 from tests.data.corpus import DAMAGED, GOOD, MIXED, chat, line, png, write, write_mixed
 from weft.data import open_dataset
 from weft.data.build import BuildConfig, build
-from weft.data.shards import TIMES
 from weft.data.stage import Count, count
 from weft.errors import CheckpointError, DocumentError, UsageError
 
@@ -32,8 +31,7 @@ def ledger(folder: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != TIMES)
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def dropped(entries: list[dict]) -> Count:
@@ -181,7 +179,7 @@ def test_a_failed_build_leaves_the_dataset_that_was_there(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space"):
         build(made, tmp_path / "out")
     assert contents(tmp_path / "out") == before
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.building", "out"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.building", ".out.times.json", "out"]
 
 
 def test_what_is_no_dataset_is_never_replaced(tmp_path):

@@ -1,5 +1,6 @@
 """A mapping reads files of an unknown layout; sniffing proposes one that does."""
 
+import json
 from collections.abc import Iterable
 
 import pytest
@@ -84,3 +85,20 @@ def test_sniffing_finds_the_records_inside_an_object(tmp_path):
 def test_a_mapping_that_says_nothing_is_refused(keys, tmp_path):
     with pytest.raises(ValueError, match=r"slot|each|name either"):
         Mapping.model_validate({"path": str(tmp_path), **keys})
+
+
+def test_the_verb_proposes_a_recipe_that_builds(tmp_path, capsys):
+    from weft import cli
+
+    file = tmp_path / "pairs.jsonl"
+    records = [{"id": f"r{i}", "question": f"what is {i}?", "answer": f"it is {i}"} for i in range(6)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    recipe = tmp_path / "recipe.yaml"
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["data", "sniff", str(file), "--out", str(recipe)])
+    assert not caught.value.code
+    assert "question" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["data", "build", str(recipe), "--out", str(tmp_path / "built"), "--json"])
+    assert not caught.value.code
+    assert json.loads(capsys.readouterr().out)["kept"]["records"] == 6

@@ -1,7 +1,9 @@
-"""Sources -> stages -> a dataset, with every dropped record, text and picture in its ledger."""
+"""Sources -> stages -> a dataset, with every dropped record, text and picture in its ledger.
 
-import functools
-import json
+The work is cut into units. What each came to is kept in a folder beside the dataset until all of them are merged: a
+build that was killed goes on where it was, and several machines share one. The dataset appears at the end, as a whole.
+"""
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +11,23 @@ from typing import Any
 
 import pydantic
 
-from weft.atomic import sha256_of, verify_folder, write_folder, write_json, write_text
+from weft.atomic import verify_folder, write_folder, write_json, write_text
 from weft.config import Config
-from weft.data.executor import ExecutorConfig, run
-from weft.data.filters import DEFAULT, FILTERS, FilterConfig
+from weft.data.attempts import work_off
+from weft.data.commit import UNIQUE, Merged, merge, same_id
+from weft.data.executor import ExecutorConfig
+from weft.data.executors import open_executor
+from weft.data.filters import DEFAULT, FilterConfig
 from weft.data.ledger import Tally
-from weft.data.shards import CARD, LEDGER, SUMMARY, ShardWriter, fingerprint_of
+from weft.data.parts import QUARANTINE, WorkFolder
+from weft.data.shards import CARD, LEDGER, SUMMARY, times_of
 from weft.data.sources import SOURCES, SourceConfig
-from weft.data.sources.base import Plan, Unit
+from weft.data.sources.base import Unit
 from weft.data.sources.picturebook_source import Picturebook
-from weft.data.stage import Drop, Loss, Outcome, Processed, drop_record, run_stages
-from weft.document import Document
+from weft.data.stage import Processed, Record, drop_record, run_stages, run_window
+from weft.data.units import Share, Work, plan_work
+from weft.data.worker import Worker, stages_of, window_of, windows
 from weft.errors import CheckpointError, UsageError
-
-MAX_PICTURES = 512 * 2**20
-"""Bytes of one document's pictures: a document is held in memory whole."""
 
 
 class BuildConfig(Config):
@@ -36,6 +40,11 @@ class BuildConfig(Config):
     executor: ExecutorConfig = ExecutorConfig()
     out: Path | None = None
     """The folder to make; a dataset that is there is replaced."""
+
+    @property
+    def stages(self) -> tuple[FilterConfig, ...]:
+        """The filters, in the order in which they run."""
+        return self.filters
 
     @pydantic.field_validator("filters")
     @classmethod
@@ -56,17 +65,31 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a build, or a rank's share of it, is."""
+
+    tally: Tally
+    done: int
+    units: int
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a build did; `weft data build` prints it and the dataset keeps it."""
 
     total: Tally
     sources: tuple[Source, ...]
-    skipped: dict[str, int]
-    """Files that were found and not read, by reason."""
+    quarantined: tuple[dict[str, Any], ...]
+    """What the ledger says of records and units that were set aside because the work on them failed."""
     stages: tuple[str, ...]
     fingerprint: str
     files: tuple[str, ...]
     config: dict[str, Any]
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Files that were found and not read, by reason."""
+        return {reason: n for (_, what, reason), n in self.total.reasons.items() if what == "file"}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,74 +101,81 @@ class Summary:
             ],
             "stages": self.total.funnel(self.stages),
             "skipped_files": self.skipped,
+            "quarantined": self.quarantined,
             "config": self.config,
         }
 
 
-def build(config: BuildConfig, out: Path, *, on_progress: Callable[[Tally], None] = lambda tally: None) -> Summary:
+OnProgress = Callable[[Progress], None]
+
+
+def build(
+    config: BuildConfig, out: Path, *, fresh: bool = False, on_progress: OnProgress = lambda progress: None
+) -> Summary:
     """Write the dataset `out`, whole or not at all. The same input gives the same bytes, whoever does the work.
 
+    What an unfinished build of the same thing has done is not done again. Work that fails is set aside (`Summary.
+    quarantined`), and the work folder is kept then, so that a second call tries only that again.
+
     Args:
-        on_progress: called with the counts so far, after every unit of work.
+        fresh: forget what an unfinished build has done.
+        on_progress: called after every unit of work.
 
     Raises:
-        UsageError: a source holds nothing, or `out` must not be replaced.
+        UsageError: a source holds nothing, `out` must not be replaced, or another build is at it.
+        WeftError: too much of the work fails.
     """
-    check_replaceable(out, [source.path for source in config.sources if not isinstance(source, Picturebook)])
-    units = process(config)  # plans, so before the unfinished output is there to be found
-    total, skipped = Tally(), dict[str, int]()
-    sources: dict[tuple[int, str], Source] = {}
-    with write_folder(out) as staging:
-        writer = ShardWriter(staging)
-        try:
-            with open(staging / LEDGER, "w", encoding="utf-8") as ledger:
-                for number, unit, items in units:
-                    for item in items:
-                        for drop in item.drops:
-                            ledger.write(_line(number, unit, drop))
-                            if drop.loss.what == "file":
-                                skipped[drop.loss.reason] = skipped.get(drop.loss.reason, 0) + 1
-                        if item.document is not None:
-                            writer.add(item.document)
-                        total.add(item)
-                        if unit is not None:
-                            key = number, unit.format
-                            sources.setdefault(key, Source(number, unit.format, Tally())).tally.add(item)
-                    on_progress(total)
-        except BaseException:
-            writer.abort()
-            raise
-        files = writer.close()
-        total.check()
-        summary = Summary(
-            total,
-            tuple(sources.values()),
-            skipped,
-            ("read", *(filter.kind for filter in config.filters), "size", "unique"),
-            fingerprint_of(map(sha256_of, files)),
-            tuple(file.name for file in files),
-            # who did the work, and where to, changes nothing
-            config.model_dump(mode="json", exclude={"executor", "out"}),
-        )
-        write_json(staging / SUMMARY, summary.to_json())
-        write_text(staging / CARD, _card(summary))
-    return summary
+    folder = _folder(config, out)
+    with folder.locked():
+        if fresh:
+            folder.forget()
+        work = _plan(config, folder)
+        _do(config, work, folder, Share(), on_progress)
+        return _finish(config, work, folder, out)
+
+
+def work_share(
+    config: BuildConfig, out: Path, share: Share, *, on_progress: OnProgress = lambda progress: None
+) -> Progress:
+    """Do one machine's share of the work for `out`. When all are done, `commit` makes the dataset.
+
+    Raises:
+        UsageError: as `build`.
+        WeftError: as `build`.
+    """
+    folder = _folder(config, out)
+    with folder.locked(share):
+        return _do(config, _plan(config, folder), folder, share, on_progress)
+
+
+def commit(config: BuildConfig, out: Path) -> Summary:
+    """Make the dataset of what all machines did.
+
+    Raises:
+        UsageError: something was not done, or a machine is still at it.
+    """
+    folder = _folder(config, out)
+    with folder.locked():
+        return _finish(config, _plan(config, folder), folder, out)
 
 
 def process(config: BuildConfig) -> Iterator[tuple[int, Unit | None, list[Processed]]]:
-    """Every record after all stages, by source and unit of work, in order. Skipped files come first, without a unit."""
-    return _process(config, [SOURCES[source.kind].plan(source) for source in config.sources])
+    """Every record after all stages, by source and unit, in order, and nothing is written: for a look at little data.
 
-
-def _process(config: BuildConfig, plans: list[Plan]) -> Iterator[tuple[int, Unit | None, list[Processed]]]:
+    Skipped files come first, without a unit.
+    """
+    plans = [SOURCES[source.kind].plan(source) for source in config.sources]
     for number, plan in enumerate(plans):
         if plan.skipped:
             yield number, None, [run_stages(record, ()) for record in plan.skipped]
-    tasks = [(number, unit) for number, plan in enumerate(plans) for unit in plan.units]
-    work = functools.partial(_work, config.sources, config.filters)
-    seen: dict[str, str] = {}
-    for (number, unit), items in zip(tasks, run(config.executor, work, tasks), strict=True):
-        yield number, unit, [_unique(item, seen) for item in items]
+    stages = stages_of(config.stages)
+    firsts: dict[str, Record] = {}
+    for number, (source, plan) in enumerate(zip(config.sources, plans, strict=True)):
+        for unit in plan.units:
+            items: list[Processed] = []
+            for _, records in windows(SOURCES[source.kind].read(source, unit), window_of(stages)):
+                items += [_unique(item, firsts) for item in run_window(records, stages)]
+            yield number, unit, items
 
 
 def check_replaceable(out: Path, sources: Iterable[Path]) -> None:
@@ -166,41 +196,84 @@ def check_replaceable(out: Path, sources: Iterable[Path]) -> None:
         raise UsageError("the output is a file", where=str(out), fix="name a folder with --out")
 
 
-def _work(
-    sources: tuple[SourceConfig, ...], filters: tuple[FilterConfig, ...], task: tuple[int, Unit]
-) -> list[Processed]:
-    number, unit = task
-    source = sources[number]
-    stages = [*((config.kind, FILTERS[config.kind](config)) for config in filters), ("size", _fits)]
-    return [run_stages(record, stages) for record in SOURCES[source.kind].read(source, unit)]
+def _folder(config: BuildConfig, out: Path) -> WorkFolder:
+    check_replaceable(out, [source.path for source in config.sources if not isinstance(source, Picturebook)])
+    return WorkFolder(out)
 
 
-def _fits(document: Document) -> Outcome:
-    size = sum(len(image.data or b"") for image in document.images)
-    if size > MAX_PICTURES:
-        return None, (Loss("record", "too_large", f"pictures of {size:,} bytes, more than {MAX_PICTURES:,}"),)
-    return document, ()
+def _plan(config: BuildConfig, folder: WorkFolder) -> Work:
+    return plan_work(config.sources, config.stages, config.executor.records, folder.own)
 
 
-def _unique(item: Processed, seen: dict[str, str]) -> Processed:
+def _do(config: BuildConfig, work: Work, folder: WorkFolder, share: Share, on_progress: OnProgress) -> Progress:
+    chunks = work.chunks[share.rank :: share.world]
+    total, left = Tally(), []
+    for chunk in chunks:
+        part = None if folder.retry(chunk.identity) else folder.part(chunk.identity)
+        if part is None:
+            left.append(chunk)
+        else:
+            total.merge(part.tally)
+    done = len(chunks) - len(left)
+    if not left:
+        return Progress(total, done, len(chunks))
+    limit = None if config.executor.kind == "serial" else config.executor.record_seconds
+    worker = Worker(config.sources, config.stages, folder, limit)
+    with open_executor(config.executor, worker) as executor:
+        for end in work_off(executor, left, config.executor, folder):
+            done += 1
+            if end.result is not None:
+                total.merge(end.result.tally)
+            on_progress(Progress(total, done, len(chunks)))
+    return Progress(total, done, len(chunks))
+
+
+def _finish(config: BuildConfig, work: Work, folder: WorkFolder, out: Path) -> Summary:
+    with write_folder(out) as staging:
+        merged = merge(work, folder, staging)
+        summary = _summary(config, merged)
+        write_json(staging / SUMMARY, summary.to_json())
+        write_text(staging / CARD, _card(summary))
+    write_json(times_of(out), {step: round(seconds, 3) for step, seconds in sorted(merged.seconds.items())})
+    if not merged.quarantined:
+        folder.remove()
+    return summary
+
+
+def _summary(config: BuildConfig, merged: Merged) -> Summary:
+    filters = [filter.kind for filter in config.stages]
+    set_aside = [QUARANTINE] if merged.quarantined else []
+    return Summary(
+        merged.total,
+        tuple(Source(*key, tally) for key, tally in merged.sources.items()),
+        tuple(merged.quarantined),
+        ("read", *set_aside, *filters, "size", UNIQUE),
+        merged.fingerprint,
+        merged.files,
+        # who did the work, and where to, changes nothing
+        config.model_dump(mode="json", exclude={"executor", "out"}),
+    )
+
+
+def _unique(item: Processed, firsts: dict[str, Record]) -> Processed:
     if item.document is None or item.document.id is None:
         return item
-    here = item.record.file + (f", line {item.record.line}" if item.record.line else "")
-    first = seen.setdefault(item.document.id, here)
-    if first is here:
-        return item
-    return drop_record(item, "unique", Loss("record", "duplicate_id", f"{first} has the same id", "id"))
-
-
-def _line(number: int, unit: Unit | None, drop: Drop) -> str:
-    place = {"source": number, "format": unit.format if unit else None}
-    return json.dumps({**place, **drop.to_json()}, ensure_ascii=False) + "\n"
+    first = firsts.setdefault(item.document.id, item.record)
+    return item if first is item.record else drop_record(item, UNIQUE, same_id(first))
 
 
 def _card(summary: Summary) -> str:
     kept, read = summary.total.kept, summary.total.read
+    rows = "".join(
+        f"| {row['stage']} | {row['in']['records']} | {row['dropped']['records']} | "
+        f"{row['in']['images']} | {row['dropped']['images']} | "
+        f"{', '.join(f'{reason} {n}' for reason, n in row['reasons'].items())} |\n"
+        for row in summary.total.funnel(summary.stages)
+    )
     return (
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train-*.parquet\n---\n\n"
         f"Illustrated documents: {kept.records:,} of {read.records:,} records, {kept.texts:,} of {read.texts:,} texts, "
-        f"{kept.images:,} of {read.images:,} images. What was dropped is in `{LEDGER}`, counts are in `{SUMMARY}`.\n"
+        f"{kept.images:,} of {read.images:,} images. What was dropped is in `{LEDGER}`, counts and settings are in "
+        f"`{SUMMARY}`.\n\n"
+        "| stage | records in | dropped | images in | dropped | reasons |\n|---|---:|---:|---:|---:|---|\n" + rows
     )

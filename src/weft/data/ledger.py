@@ -1,17 +1,18 @@
 """What was read, kept and dropped: counts by source and stage, and the sums that must hold."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from weft.data.stage import Count, Processed
+from weft.data.stage import Count, Drop, Processed
 from weft.errors import WeftError
 
 
 @dataclass
 class Tally:
-    """Adds up processed records; mutable, one per build. A stage is named by its place: `read`, a filter, `unique`."""
+    """Adds up processed records; mutable. A stage is named by its place: `read`, a filter, `unique`."""
 
     read: Count = Count()
     kept: Count = Count()
@@ -29,6 +30,23 @@ class Tally:
         for drop in item.drops:
             self.dropped[drop.stage] = self.dropped.get(drop.stage, Count()) + drop.count
             self.reasons[drop.stage, drop.loss.what, drop.loss.reason] += 1
+
+    def merge(self, other: "Tally") -> None:
+        """Add what another one counted."""
+        self.read += other.read
+        self.kept += other.kept
+        self.added += other.added
+        for stage, lost in other.dropped.items():
+            self.dropped[stage] = self.dropped.get(stage, Count()) + lost
+        self.reasons += other.reasons
+
+    def take_back(self, item: Processed) -> None:
+        """Drop a record that was counted as kept; its last drop says why."""
+        drop = item.drops[-1]
+        self.kept -= drop.count
+        self.added -= item.record.added
+        self.dropped[drop.stage] = self.dropped.get(drop.stage, Count()) + drop.count
+        self.reasons[drop.stage, drop.loss.what, drop.loss.reason] += 1
 
     @property
     def lost(self) -> Count:
@@ -52,3 +70,30 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         counts = {"read": asdict(self.read), "kept": asdict(self.kept), "dropped": asdict(self.lost)}
         return {**counts, "instructions_added": self.added}
+
+    def to_state(self) -> dict[str, Any]:
+        """Everything, as JSON; `from_state` reads it back."""
+        reasons = [[*place, n] for place, n in sorted(self.reasons.items())]
+        dropped = {stage: asdict(lost) for stage, lost in self.dropped.items()}
+        return {
+            "read": asdict(self.read),
+            "kept": asdict(self.kept),
+            "added": self.added,
+            "dropped": dropped,
+            "reasons": reasons,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Tally":
+        dropped = {stage: Count(**lost) for stage, lost in state["dropped"].items()}
+        reasons = Counter({(stage, what, reason): n for stage, what, reason, n in state["reasons"]})
+        return cls(Count(**state["read"]), Count(**state["kept"]), state["added"], dropped, reasons)
+
+
+def entry_of(drop: Drop, source: int, form: str | None) -> dict[str, Any]:
+    """What the ledger says of a drop: the number of its source and the format come first."""
+    return {"source": source, "format": form, **drop.to_json()}
+
+
+def line_of(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"

@@ -14,7 +14,7 @@ manifest that makes it whole.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 
 from weft.document import Document, Image, Part, Role, Text, Turn
 
-ROWS, ROW_BYTES = 64, 8 * 2**20
-"""A row group has at most so many rows, and ends with the row that reaches so many bytes of pictures."""
+ROWS, ROW_BYTES = 100, 32 * 2**20
+"""A row group has at most so many rows, and so many bytes of texts and pictures unless one row alone has more."""
 FILE_BYTES = 256 * 2**20
+"""A file ends with the row group that reaches so many."""
 LEDGER, SUMMARY, CARD = "ledger.jsonl", "summary.json", "README.md"
 
 _PART = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.int32())])
@@ -78,20 +79,26 @@ _COMPRESSION = {
 
 
 class ShardWriter:
-    """Writes documents, whose pictures hold their bytes, as Parquet files into an existing folder."""
+    """Writes rows as Parquet files into an existing folder. The bytes do not depend on how the rows come in batches."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: list[Path] = []
         self._writer: pq.ParquetWriter | None = None
-        self._rows: list[dict[str, Any]] = []
-        self._row_bytes = self._file_bytes = 0
+        self._group: list[pa.RecordBatch] = []
+        self._rows = self._row_bytes = self._file_bytes = 0
 
-    def add(self, document: Document) -> None:
-        self._rows.append(to_row(document))
-        self._row_bytes += sum(len(image.data or b"") for image in document.images)
-        if len(self._rows) == ROWS or self._row_bytes >= ROW_BYTES:
-            self._end_group()
+    def add(self, batch: pa.RecordBatch, sizes: Sequence[int]) -> None:
+        """Rows in the columns of `SCHEMA`, and the size of each in bytes (`size_of`)."""
+        first = 0
+        for i, size in enumerate(sizes):
+            if self._rows and (self._rows == ROWS or self._row_bytes + size > ROW_BYTES):
+                self._group.append(batch.slice(first, i - first))
+                self._end_group()
+                first = i
+            self._rows += 1
+            self._row_bytes += size
+        self._group.append(batch.slice(first))
 
     def close(self) -> list[Path]:
         """Finish the last file; the files get their names, which hold their number."""
@@ -117,11 +124,13 @@ class ShardWriter:
                 compression=_COMPRESSION,
                 use_dictionary=False,
                 write_statistics=["id"],
+                write_page_index=True,
             )
-        table = pa.Table.from_pylist(self._rows, schema=SCHEMA)
+        # pages end where chunks end: one chunk, or the bytes would tell how the rows came
+        table = pa.Table.from_batches(self._group, schema=SCHEMA).combine_chunks()
         self._writer.write_table(table, row_group_size=ROWS)
         self._file_bytes += self._row_bytes
-        self._rows, self._row_bytes = [], 0
+        self._group, self._rows, self._row_bytes = [], 0, 0
         if self._file_bytes >= FILE_BYTES:
             self._end_file()
 
@@ -129,6 +138,11 @@ class ShardWriter:
         if self._writer is not None:
             self._writer.close()
         self._writer, self._file_bytes = None, 0
+
+
+def size_of(document: Document) -> int:
+    """Bytes of its pictures and characters of its texts: what row groups are measured by."""
+    return sum([len(part.text) if isinstance(part, Text) else len(part.data or b"") for part in document.parts])
 
 
 def to_row(document: Document) -> dict[str, Any]:
@@ -158,6 +172,12 @@ def from_row(row: Mapping[str, Any]) -> Document:
         for turn in row["messages"]
     )
     return Document(turns, row["id"], json.loads(row["meta"]))
+
+
+def times_of(folder: Path) -> Path:
+    """Where the seconds of all workers by step are: beside the dataset, for no two builds of it take as long."""
+    folder = folder.resolve()
+    return folder.parent / f".{folder.name}.times.json"
 
 
 def fingerprint_of(hashes: Iterable[str]) -> str:

@@ -1,19 +1,19 @@
 """What happens to one record between a source and the dataset, and the count of what got lost on the way.
 
 A stage is a function from documents to documents: it returns the document to go on with, or None, and names everything
-it took away. `run_stages` wraps the counting around it: for records, texts and images alike,
+it took away. `run_window` wraps the counting around it: for records, texts and images alike,
 
     read = kept + dropped,    and every dropped thing is one `Drop`, one line of the ledger.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from weft.document import Document
+from weft.document import Document, Text
 from weft.errors import DocumentError, WeftError
 
-What = Literal["file", "record", "text", "image"]
+What = Literal["file", "unit", "record", "text", "image"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,26 @@ Outcome = tuple[Document | None, tuple[Loss, ...]]
 """What a stage leaves of a document, and what it took. Without a document there is exactly one loss: the record."""
 
 Stage = Callable[[Document], Outcome]
+
+
+@dataclass(frozen=True)
+class Together:
+    """A stage that takes several documents at once, so that a network sees a batch, or a server many requests.
+
+    It gives one outcome for each, in order. An outcome depends on its own document alone: how many come together is not
+    promised, and changes from one attempt at a unit of work to the next.
+    """
+
+    stage: Callable[[Sequence[Document]], Sequence[Outcome]]
+
+
+AnyStage = Stage | Together
+Stages = Sequence[tuple[str, AnyStage]]
+"""Stages by name, in order."""
+
+OnStep = Callable[[str, int | None, int], None]
+"""Told before every step: a stage's name, the place in the window of the record that it takes and 1; or None, and how
+many it takes together."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,13 @@ class RecordError(DocumentError):
 
 
 def count(document: Document) -> Count:
-    return Count(1, sum(1 for _ in document.texts), sum(1 for _ in document.images))
+    texts = images = 0
+    for part in document.parts:
+        if isinstance(part, Text):
+            texts += 1
+        else:
+            images += 1
+    return Count(1, texts, images)
 
 
 def rejected(file: str, line: int | None, error: RecordError) -> Record:
@@ -127,25 +153,55 @@ def drop_record(item: Processed, stage: str, loss: Loss) -> Processed:
     return Processed(item.record, None, (*item.drops, drop))
 
 
-def run_stages(record: Record, stages: Iterable[tuple[str, Stage]]) -> Processed:
+def run_stages(record: Record, stages: Iterable[tuple[str, AnyStage]]) -> Processed:
     """Take one record through the named stages, as far as it gets.
 
     Raises:
         WeftError: a stage took something without naming it.
     """
-    document = record.document
-    drops = _placed(record, "read", None if document is None else document.id, record.losses, record.read)
+    (item,) = run_window([record], tuple(stages))
+    return item
+
+
+def run_window(
+    records: Sequence[Record], stages: Stages, on_step: OnStep = lambda stage, place, number: None
+) -> list[Processed]:
+    """Take records through the named stages together, each as far as it gets.
+
+    Raises:
+        WeftError: a stage took something without naming it, or gave too many outcomes or too few.
+    """
+    documents = [record.document for record in records]
+    drops = [
+        _placed(record, "read", None if document is None else document.id, record.losses, record.read)
+        for record, document in zip(records, documents, strict=True)
+    ]
     for name, stage in stages:
-        if document is None:
-            break
-        before = count(document)
-        after, losses = stage(document)
-        named = _total(losses, before)
-        if before - named != (Count() if after is None else count(after)):
-            raise WeftError(f"stage {name} took parts of document {document.id} without naming them", where=record.file)
-        drops += _placed(record, name, document.id, losses, before - Count(0, record.added, 0))
-        document = after
-    return Processed(record, document, tuple(drops))
+        left = [(i, document) for i, document in enumerate(documents) if document is not None]
+        for (i, document), (after, losses) in zip(left, _outcomes(name, stage, left, on_step), strict=True):
+            if after is document and not losses:
+                continue  # untouched, for a document cannot change: no need to count it
+            record, before = records[i], count(document)
+            if before - _total(losses, before) != (Count() if after is None else count(after)):
+                raise WeftError(
+                    f"stage {name} took parts of document {document.id} without naming them", where=record.file
+                )
+            drops[i] += _placed(record, name, document.id, losses, before - Count(0, record.added, 0))
+            documents[i] = after
+    return [Processed(*item) for item in zip(records, documents, map(tuple, drops), strict=True)]
+
+
+def _outcomes(name: str, stage: AnyStage, left: Sequence[tuple[int, Document]], on_step: OnStep) -> Iterator[Outcome]:
+    if not isinstance(stage, Together):
+        for i, document in left:
+            on_step(name, i, 1)
+            yield stage(document)
+    elif left:
+        on_step(name, left[0][0] if len(left) == 1 else None, len(left))
+        outcomes = stage.stage([document for _, document in left])
+        if len(outcomes) != len(left):
+            raise WeftError(f"stage {name} gave {len(outcomes)} outcomes for {len(left)} documents")
+        yield from outcomes
 
 
 def _placed(record: Record, stage: str, identity: str | None, losses: Sequence[Loss], whole: Count) -> list[Drop]:
@@ -157,4 +213,4 @@ def _total(losses: Iterable[Loss], whole: Count) -> Count:
 
 
 def _size(loss: Loss, whole: Count) -> Count:
-    return {"file": Count(), "record": whole, "text": Count(texts=1), "image": Count(images=1)}[loss.what]
+    return {"record": whole, "text": Count(texts=1), "image": Count(images=1)}.get(loss.what, Count())

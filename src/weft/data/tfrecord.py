@@ -84,7 +84,7 @@ def parse_example(payload: bytes) -> Example:
     Raises:
         RecordError: the bytes are no such message.
     """
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     message = example_class()()
     try:
@@ -109,7 +109,7 @@ def example_class() -> Any:
 
 @functools.cache
 def _messages() -> Any:
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # type: ignore[import-untyped]
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="weft_example.proto", package="weft_example", syntax="proto3")
