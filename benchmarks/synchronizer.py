@@ -1,8 +1,8 @@
 """What a synchroniser is good for: small things in a picture.    python -m benchmarks.synchronizer [--quick]
 
-The task: a page twice as wide and high as the pictures that the tiny generalist knows, with a small scene in its middle;
-then a question for the colour of the thing in it. As codes, that thing is less than one patch, which the
-codec never saw so small. MoSS must make do with these codes; a synchroniser looks at the page itself.
+The task: a page twice as wide and high as the pictures that the tiny generalist knows, with a small scene in its
+middle; then a question for the colour of the thing in it. As codes, that thing is less than one patch, which the codec
+never saw so small. MoSS must make do with these codes; a synchroniser looks at the page itself.
 
 The frozen generalist is trained four ways, nothing, MoSS, synchroniser, both, with the same documents and steps, and
 asked about pages that training did not show. An answer counts as right if every token of the colour's name is the
@@ -36,7 +36,9 @@ from weft.synchronizer.eye import EyeConfig
 from weft.synchronizer.sight import see
 from weft.training import TrainConfig, build, steps
 
-SYNCHRONIZER = SynchronizerConfig(eye=EyeConfig(side=2 * SIDE, width=32, stem=16, scales=3), every=2, heads=4, offset_init=1.0)
+SYNCHRONIZER = SynchronizerConfig(
+    eye=EyeConfig(side=2 * SIDE, width=32, stem=16, scales=3), every=2, heads=4, offset_init=1.0
+)
 WAYS: dict[str, tuple[AdapterConfig | None, SynchronizerConfig | None]] = {
     "nothing": (None, None),
     "MoSS": (AdapterConfig(kind="moss", rank=8, kernel=2), None),

@@ -203,6 +203,36 @@ class CLIP:
         return F.normalize(features, dim=-1)
 
 
+class DINO:
+    """A vision transformer of transformers, such as DINOv2, from a folder."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """
+        Raises:
+            CheckpointError: the folder holds no such model.
+        """
+        from transformers import AutoImageProcessor, AutoModel
+
+        try:
+            self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+            self._processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"no vision model can be read: {error}", where=str(folder), fix="give a folder saved by transformers"
+            ) from error
+
+    @torch.no_grad()
+    def picture_features(self, pictures: "Sequence[PILImage.Image]") -> Tensor:
+        """(M, D), of length 1: what the model has at its first position."""
+        inputs = self._processor(images=list(pictures), return_tensors="pt")
+        return F.normalize(self._model(**inputs).last_hidden_state[:, 0], dim=-1)
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """(M, D), of length 1 -> (M, M): one minus the cosine, 0 for equal ones and 2 at most."""
+    return (1 - features @ features.T).clamp(0, 2)
+
+
 def clip_score(cosine: Tensor) -> Tensor:
     """2.5 max(cosine, 0)."""
     return 2.5 * cosine.clamp_min(0)
@@ -222,6 +252,23 @@ def difference_hash(picture: "PILImage.Image", side: int = 16) -> int:
 def hamming(a: int, b: int) -> int:
     """Bits in which two hashes differ."""
     return (a ^ b).bit_count()
+
+
+def hash_distances(pictures: "Sequence[PILImage.Image]", side: int = 16) -> Tensor:
+    """(M, M): the fraction of bits in which the hashes differ; 1 where one of two tells too little to be compared."""
+    hashes = [difference_hash(picture, side) for picture in pictures]
+    known = [tells_apart(each, side) for each in hashes]
+    found = torch.zeros(len(hashes), len(hashes), dtype=torch.float64)
+    for j in range(len(hashes)):
+        for i in range(j):
+            alike = hamming(hashes[i], hashes[j]) / side**2 if known[i] and known[j] else 1.0
+            found[i, j] = found[j, i] = alike
+    return found
+
+
+def tells_apart(hashed: int, side: int = 16) -> bool:
+    """Whether a hash says anything: those of pictures with large even areas are all much the same."""
+    return side <= hashed.bit_count() <= side**2 - side
 
 
 def _to_tensor(picture: "PILImage.Image") -> Tensor:

@@ -18,6 +18,7 @@ from weft.data.commit import UNIQUE, Merged, merge, same_id
 from weft.data.executor import ExecutorConfig
 from weft.data.executors import open_executor
 from weft.data.filters import DEFAULT, FilterConfig
+from weft.data.filters.order import Order, ordered
 from weft.data.ledger import Tally
 from weft.data.parts import QUARANTINE, WorkFolder
 from weft.data.shards import CARD, LEDGER, SUMMARY, times_of
@@ -37,6 +38,8 @@ class BuildConfig(Config):
     """Where documents come from, in this order."""
     filters: tuple[FilterConfig, ...] = DEFAULT
     """Which are kept."""
+    order: Order = "given"
+    """In which order filters run: as `given` here, the `cheapest` first, or as the `paper` has them."""
     executor: ExecutorConfig = ExecutorConfig()
     out: Path | None = None
     """The folder to make; a dataset that is there is replaced."""
@@ -44,7 +47,7 @@ class BuildConfig(Config):
     @property
     def stages(self) -> tuple[FilterConfig, ...]:
         """The filters, in the order in which they run."""
-        return self.filters
+        return ordered(self.filters, self.order)
 
     @pydantic.field_validator("filters")
     @classmethod

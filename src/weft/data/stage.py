@@ -7,7 +7,7 @@ it took away. `run_window` wraps the counting around it: for records, texts and 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from weft.document import Document, Text
@@ -60,7 +60,14 @@ class Together:
     stage: Callable[[Sequence[Document]], Sequence[Outcome]]
 
 
-AnyStage = Stage | Together
+@dataclass(frozen=True)
+class Writes:
+    """A stage that may add texts of its own, such as an instruction: like those of a source, they are in no count."""
+
+    stage: Stage
+
+
+AnyStage = Stage | Together | Writes
 Stages = Sequence[tuple[str, AnyStage]]
 """Stages by name, in order."""
 
@@ -80,7 +87,7 @@ class Record:
     """What the record held, also what was lost while it was read."""
     losses: tuple[Loss, ...] = ()
     added: int = 0
-    """Texts of the document that the source wrote itself (an instruction made from a title): not counted."""
+    """Texts of the document that the source or a stage wrote itself (an instruction): not counted."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,7 @@ def run_window(
     Raises:
         WeftError: a stage took something without naming it, or gave too many outcomes or too few.
     """
+    taken = list(records)
     documents = [record.document for record in records]
     drops = [
         _placed(record, "read", None if document is None else document.id, record.losses, record.read)
@@ -181,21 +189,24 @@ def run_window(
         for (i, document), (after, losses) in zip(left, _outcomes(name, stage, left, on_step), strict=True):
             if after is document and not losses:
                 continue  # untouched, for a document cannot change: no need to count it
-            record, before = records[i], count(document)
-            if before - _total(losses, before) != (Count() if after is None else count(after)):
+            record, before = taken[i], count(document)
+            wrote = (Count() if after is None else count(after)) - (before - _total(losses, before))
+            if wrote != Count() and not (isinstance(stage, Writes) and wrote == Count(texts=max(wrote.texts, 0))):
                 raise WeftError(
                     f"stage {name} took parts of document {document.id} without naming them", where=record.file
                 )
             drops[i] += _placed(record, name, document.id, losses, before - Count(0, record.added, 0))
             documents[i] = after
-    return [Processed(*item) for item in zip(records, documents, map(tuple, drops), strict=True)]
+            taken[i] = replace(record, added=record.added + wrote.texts)
+    return [Processed(*item) for item in zip(taken, documents, map(tuple, drops), strict=True)]
 
 
 def _outcomes(name: str, stage: AnyStage, left: Sequence[tuple[int, Document]], on_step: OnStep) -> Iterator[Outcome]:
     if not isinstance(stage, Together):
+        alone = stage.stage if isinstance(stage, Writes) else stage
         for i, document in left:
             on_step(name, i, 1)
-            yield stage(document)
+            yield alone(document)
     elif left:
         on_step(name, left[0][0] if len(left) == 1 else None, len(left))
         outcomes = stage.stage([document for _, document in left])

@@ -36,6 +36,7 @@ from weft.data.stage import (
 )
 from weft.data.units import Chunk
 from weft.document import Document
+from weft.llm import LLMError
 
 MAX_PICTURES = 512 * 2**20
 """Bytes of one document's pictures: a document is held in memory whole."""
@@ -141,7 +142,8 @@ def _guarded(items: Iterable[Processed]) -> Iterator[Processed]:
     try:
         yield from items
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        # a full disk, or a server that is gone, is no record's fault: work stops, and goes on here later
+        if isinstance(error, LLMError) or (isinstance(error, OSError) and error.errno in _DISK):
             raise
         raise _StageError(error) from error
 
