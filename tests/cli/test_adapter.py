@@ -12,9 +12,11 @@ from weft import cli
 from weft.adapters import AdapterConfig, adapter_parameters, attach, load_adapter, save_adapter
 from weft.adapters.inspection import inspect_adapter
 from weft.atomic import write_folder
-from weft.backbones import load_backbone
+from weft.backbones import load_backbone, load_model
 from weft.backbones.reload import verify_adapter
+from weft.backbones.trained import choose_parts, save_trained
 from weft.errors import AdapterError, CheckpointError
+from weft.synchronizer import SynchronizerConfig, attach_synchronizer, save_synchronizer, synchronizer_parameters
 
 FIRST = "layers.0.mlp.down_proj"
 """The first layer in the order of the names."""
@@ -87,6 +89,33 @@ def test_inspect_counts_what_is_in_the_file(folder, capsys):
     norm = tensors[f"base_model.model.{FIRST}.moss_text_B"].norm().item()
     assert found["branches"][0]["layer"] == FIRST and found["branches"][0]["norm"] == pytest.approx(norm)
     assert found["base"]["name"] == "nano" and found["bytes"] > 0
+
+
+def test_inspect_shows_synchroniser_and_parts_beside_an_adapter(folder, tmp_path, capsys):
+    backbone = load_model("nano", adapter=folder)
+    attach_synchronizer(backbone, SynchronizerConfig())
+    parts = choose_parts(backbone, ["norm.weight"])
+    (tmp_path / "all").mkdir()
+    save_trained(backbone, parts, tmp_path / "all")
+    assert run("inspect", tmp_path / "all") == 0
+    shown = capsys.readouterr().out
+    for fact in (
+        "moss adapter of nano",
+        "synchroniser of nano",
+        "note: the synchroniser does nothing",
+        "own parameters",
+    ):
+        assert fact in shown
+    with torch.no_grad():
+        synchronizer_parameters(backbone)["branches.0.gate"].fill_(0.5)
+    save_synchronizer(backbone, tmp_path / "all" / "synchronizer")
+    for place in (tmp_path / "all", tmp_path / "all" / "synchronizer"):
+        assert run("inspect", place, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["synchronizer"]["gates"] == [0.5]
+        size = sum(parameter.numel() for parameter in synchronizer_parameters(backbone).values())
+        assert found["synchronizer"]["parameters"]["all"] == size
+        assert (found["parts"] is not None) == (place.name == "all") == ("kind" in found)
 
 
 def test_inspect_tells_branches_that_differ_by_layer_apart(folder, capsys):

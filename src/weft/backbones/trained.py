@@ -24,6 +24,7 @@ from weft.adapters import BASE_RECORD, adapter_parameters, detach, load_adapter,
 from weft.adapters.inspection import read_base
 from weft.atomic import MANIFEST, write_json
 from weft.errors import AdapterError, ConfigError
+from weft.synchronizer.adapter import CONFIG as SYNCHRONIZER_CONFIG
 from weft.synchronizer.adapter import (
     AttachedSynchronizer,
     detach_synchronizer,
@@ -140,6 +141,28 @@ def holds_adapter(folder: Path) -> bool:
 
 def holds_parts(folder: Path) -> bool:
     return any((folder / name).exists() for name in (PARTS, PARTS_RECORD))
+
+
+def synchronizer_folder(folder: Path) -> Path | None:
+    """Where a synchroniser is: beside what else was trained, or alone, as `save_synchronizer` writes it."""
+    return next((at for at in (folder / SYNCHRONIZER, folder) if (at / SYNCHRONIZER_CONFIG).exists()), None)
+
+
+@dataclass(frozen=True)
+class PartsInspection:
+    base: str
+    names: tuple[str, ...]
+    parameters: int
+
+
+def inspect_parts(folder: Path) -> PartsInspection:
+    """What of the backbone itself was trained.
+
+    Raises:
+        AdapterError: a file is missing or damaged.
+    """
+    sizes = {name: tensor.numel() for name, tensor in read_parts(folder)}
+    return PartsInspection(_read_parts_base(folder)["name"], tuple(sizes), sum(sizes.values()))
 
 
 def read_base_name(folder: Path) -> str | None:

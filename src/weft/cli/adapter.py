@@ -14,6 +14,7 @@ from weft.errors import UsageError
 if TYPE_CHECKING:
     from weft.adapters.config import Branch
     from weft.adapters.inspection import Inspection, Modality
+    from weft.synchronizer.inspection import SynchronizerInspection
 
 app = App(name="adapter", help="Inspect, verify, merge and export what training wrote.")
 
@@ -23,7 +24,7 @@ _IDLE = "does nothing: all its up-projections are zero, it was never trained"
 
 @app.command
 def inspect(folder: Path, /, *, json_output: Json = False) -> None:
-    """Show what an adapter is made of, and check its tensors against its configuration. Needs no base model.
+    """Show what training wrote: adapter, synchroniser, parts. Checks an adapter's tensors; needs no base model.
 
     Parameters
     ----------
@@ -33,11 +34,28 @@ def inspect(folder: Path, /, *, json_output: Json = False) -> None:
         Print one JSON object for programs, with every layer.
     """
     from weft.adapters.inspection import inspect_adapter
+    from weft.backbones.trained import holds_adapter, holds_parts, inspect_parts, synchronizer_folder
+    from weft.synchronizer.inspection import inspect_synchronizer
 
-    found = inspect_adapter(folder)
+    beside, parts = synchronizer_folder(folder), inspect_parts(folder) if holds_parts(folder) else None
+    synchronizer = inspect_synchronizer(beside) if beside else None
+    # a folder that holds none of the three is told as one without an adapter
+    adapter = inspect_adapter(folder) if holds_adapter(folder) or not (beside or parts) else None
     if json_output:
-        print(json.dumps(found.to_json(), ensure_ascii=False))
+        found = adapter.to_json() if adapter else {}
+        found |= {"synchronizer": synchronizer and synchronizer.to_json(), "parts": parts and asdict(parts)}
+        print(json.dumps(found, ensure_ascii=False))
         return
+    if adapter:
+        _print_adapter(adapter)
+    if synchronizer:
+        _print_synchronizer(synchronizer)
+    if parts:
+        print(f"own parameters of {parts.base}: {parts.parameters:,} in {len(parts.names)} tensors")
+        print(f"  {', '.join(parts.names)}")
+
+
+def _print_adapter(found: "Inspection") -> None:
     base = found.base["name"] if found.base else found.config.base_model_name_or_path
     print(f"{found.kind} adapter of {base or 'a base it does not name'}, {found.size:,} bytes")
     names = sorted({layer.rpartition(".")[2] for layer in found.layers})
@@ -143,6 +161,16 @@ def export(folder: Path, /, *, out: Path, model: str | None = None, loading: Loa
 def _check_new(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UsageError("--out exists and is not an empty folder", where=str(out), fix="name a new folder")
+
+
+def _print_synchronizer(found: "SynchronizerInspection") -> None:
+    eye, gates = found.config.eye, found.gates
+    print(f"synchroniser of {found.base}, {found.eye + found.insertion:,} parameters")
+    print(f"  eye: {found.eye:,}, pictures of {eye.side} x {eye.side}, maps of sides {', '.join(map(str, eye.sides))}")
+    print(f"  branches: {found.insertion:,} in {len(gates)} layers, one in {found.config.every}")
+    print(f"  gates: {', '.join(f'{gate:.3g}' for gate in gates)}")
+    if not any(gates):
+        print("note: the synchroniser does nothing: all its gates are zero, it was never trained")
 
 
 def _print_branches(found: "Inspection") -> None:

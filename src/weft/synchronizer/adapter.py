@@ -147,11 +147,11 @@ def read_synchronizer_base(folder: Path) -> str:
     Raises:
         AdapterError: this is no folder of one.
     """
-    return _read_record(folder)[1]["name"]
+    return read_record(folder)[1]["name"]
 
 
 def _read_config(backbone: Synchronizable, folder: Path) -> SynchronizerConfig:
-    config, base = _read_record(folder)
+    config, base = read_record(folder)
     if base["fingerprint"] != backbone.fingerprint:
         raise AdapterError(
             f"the synchroniser was trained on {base['name']} with other weights than this {backbone.name}: "
@@ -162,7 +162,12 @@ def _read_config(backbone: Synchronizable, folder: Path) -> SynchronizerConfig:
     return config
 
 
-def _read_record(folder: Path) -> tuple[SynchronizerConfig, dict[str, str]]:
+def read_record(folder: Path) -> tuple[SynchronizerConfig, dict[str, str]]:
+    """The configuration of a saved synchroniser, and name and fingerprint of the model it belongs to.
+
+    Raises:
+        AdapterError: this is no folder of one.
+    """
     file = folder / CONFIG
     try:
         values = json.loads(file.read_text())
