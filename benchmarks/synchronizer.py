@@ -45,6 +45,8 @@ WAYS: dict[str, tuple[AdapterConfig | None, SynchronizerConfig | None]] = {
     "synchroniser": (None, SYNCHRONIZER),
     "both": (AdapterConfig(kind="moss", rank=8, kernel=2), SYNCHRONIZER),
 }
+GATES = [{"match": "gate$", "learning_rate": 3e-2}]
+"""They start at zero, and until they open nothing behind them learns: at the rate of the rest 400 steps gave chance."""
 
 
 def page(rng: random.Random) -> tuple[PILImage.Image, Thing]:
@@ -88,7 +90,7 @@ def train(file: Path, way: str, count: int, seed: int) -> Backbone:
             "data": {"path": file},
             "adapter": adapter,
             "synchronizer": synchronizer,
-            "optim": {"learning_rate": 4e-3, "batch": 8},
+            "optim": {"learning_rate": 2e-3, "batch": 8, "groups": GATES if synchronizer else []},
             "schedule": {"steps": count, "warmup": 20},
             "seed": seed,
             "threads": torch.get_num_threads(),
