@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,45 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
     (tmp_path / "kept").write_text("")
     clean_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_a_folder_that_was_moved_aside_when_its_writer_died_is_put_back(tmp_path, monkeypatch):
+    for name in ("out", "out.b"):
+        with write_folder(tmp_path / name) as staging:
+            (staging / "a").write_text("old")
+    replace = os.replace
+
+    def die_before_the_new_one(source, target):
+        if str(source).endswith(".part") and Path(target).name == "out":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    # what follows a kill does not run: no clean-up either
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(os, "replace", die_before_the_new_one)
+    with pytest.raises(KeyboardInterrupt), write_folder(tmp_path / "out") as staging:
+        (staging / "a").write_text("new")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    clean_leftovers(tmp_path, "out.b")
+    assert not (tmp_path / "out").exists()
+    clean_leftovers(tmp_path, "out")
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.b"]
+    verify_folder(tmp_path / "out")
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_a_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    with write_folder(tmp_path / "out") as staging:
+        (staging / "a").write_text("old")
+    replace = os.replace
+
+    def fail(source, target):
+        if str(source).endswith(".part"):
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no"), write_folder(tmp_path / "out") as staging:
+        (staging / "a").write_text("new")
+    assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out" / "a").read_text() == "old"

@@ -283,6 +283,7 @@ def test_features_of_pictures_are_those_that_cosines_are_made_of(clip):
     with torch.no_grad():
         wanted = model(**inputs).image_embeds
     torch.testing.assert_close(features, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(features @ CLIP(folder).text_features(TEXTS).T, CLIP(folder).cosines(pictures, TEXTS))
     distances = cosine_distances(features)
     # a unit vector's product with itself is 1 up to rounding
     torch.testing.assert_close(distances.diagonal(), torch.zeros(3), rtol=0, atol=1e-6)

@@ -17,6 +17,8 @@ from typing import Any
 from weft.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+_CONTENT = "content"
+"""The name that a folder has inside the one to which it was moved aside."""
 
 
 def _sync(path: Path) -> None:
@@ -74,9 +76,14 @@ def write_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             # rename cannot replace a folder that holds files: move the old one aside first
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, old / "content")
-            os.replace(staging, path)
-            shutil.rmtree(old)
+            os.replace(path, old / _CONTENT)
+            try:
+                os.replace(staging, path)
+            except OSError:
+                os.replace(old / _CONTENT, path)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             os.replace(staging, path)
     except BaseException:
@@ -85,10 +92,25 @@ def write_folder(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
-def clean_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in `folder`: hidden `.part` and `.old` entries."""
-    for leftover in (*folder.glob(".*.part"), *folder.glob(".*.old")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+def clean_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers left in `folder`: hidden `.part` and `.old` entries, of `name` or of all.
+
+    A folder whose writer was killed after it had moved the old one aside, and before the new one took its place, is put
+    back.
+    """
+    for leftover in sorted(folder.iterdir()):
+        of, _, kind = leftover.name.rpartition(".")
+        of = of.rpartition(".")[0].removeprefix(".")
+        if not leftover.name.startswith(".") or kind not in ("part", "old") or name not in (None, of):
+            continue
+        if kind == "old" and (leftover / _CONTENT).is_dir() and not (folder / of).exists():
+            os.replace(leftover / _CONTENT, folder / of)
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all in it."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sha256_of(path: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast, get_args
 from weft.errors import DocumentError
 
 Role = Literal["system", "user", "assistant"]
+_ROLES = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ def _turn(message: Any, at: str, where: str | None) -> Turn:
     if not isinstance(message, dict):
         raise DocumentError(f"field {at} must be an object", where=where)
     role, content, loss = message.get("role"), message.get("content"), message.get("loss")
-    if role not in get_args(Role):
-        raise DocumentError(f"field {at}.role must be one of {', '.join(get_args(Role))}, got {role!r}", where=where)
+    if role not in _ROLES:
+        raise DocumentError(f"field {at}.role must be one of {', '.join(_ROLES)}, got {role!r}", where=where)
     if loss is not None and not isinstance(loss, bool):
         raise DocumentError(f"field {at}.loss must be true or false, got {loss!r}", where=where)
     if isinstance(content, str):

@@ -44,9 +44,15 @@ class DocumentError(WeftError):
 
 
 class ImageError(WeftError):
-    """Bytes that should be a picture are not an acceptable one."""
+    """Bytes that should be a picture are not an acceptable one; `reason` is what a ledger files it under."""
 
     code = "image"
+
+    def __init__(
+        self, what: str, *, where: str | None = None, fix: str | None = None, reason: str = "image_damaged"
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.reason = reason
 
 
 class PathError(WeftError):

@@ -2,59 +2,89 @@
 
 Accepted: PNG, JPEG, WebP, GIF, BMP (the first frame of an animation). EXIF rotation is applied, transparency is laid
 over white, 16-bit and CMYK are converted; the result is 8-bit RGB and the same bytes always give the same pixels.
+
+What is refused has one of these reasons, in the order in which they are looked for:
+
+    image_unidentified   no bytes, or none of these formats
+    image_bytes          more encoded bytes than `MAX_BYTES`
+    image_truncated      the bytes end before the picture does
+    image_pixels         more pixels than the limit, by the header
+    image_damaged        checksums, or the decoder, say that the bytes are not those that were written
 """
 
 import base64
+import errno
+import functools
 import io
 import os
+import threading
+import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from weft.errors import ImageError, PathError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image as PILImage
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 89_000_000
+_PNG = b"\x89PNG\r\n\x1a\n"
+_OPENING = threading.Lock()
 
 
-def decode_image(data: bytes, *, where: str | None = None, max_pixels: int = MAX_PIXELS) -> "PILImage.Image":
+def decode_image(
+    data: bytes, *, where: str | None = None, max_pixels: int = MAX_PIXELS, least: int | None = None
+) -> "PILImage.Image":
     """Encoded bytes -> 8-bit RGB.
 
+    Args:
+        least: a JPEG may come smaller, both its sides divided by 2, 4 or 8, as long as neither falls below this: its
+            decoder then does less. What is refused stays the same.
+
     Raises:
-        ImageError: empty, too large, of another format, truncated or damaged; the message says which.
+        ImageError: empty, too large, of another format, truncated or damaged; the message and `reason` say which.
     """
-    from PIL import Image as PILImage
     from PIL import ImageOps, UnidentifiedImageError
 
     if not data:
-        raise ImageError("image is empty (0 bytes)", where=where)
+        raise ImageError("image is empty (0 bytes)", where=where, reason="image_unidentified")
     if len(data) > MAX_BYTES:
-        raise ImageError(f"image has {len(data):,} bytes, more than {MAX_BYTES:,}", where=where, fix="save it smaller")
+        raise ImageError(
+            f"image has {len(data):,} bytes, more than {MAX_BYTES:,}",
+            where=where,
+            fix="save it smaller",
+            reason="image_bytes",
+        )
     try:
-        # Pillow's own bomb check would only warn below twice its limit; ours is an error at the stated size
-        limit, PILImage.MAX_IMAGE_PIXELS = PILImage.MAX_IMAGE_PIXELS, None
-        try:
-            picture: PILImage.Image = PILImage.open(io.BytesIO(data), formats=FORMATS)
-        finally:
-            PILImage.MAX_IMAGE_PIXELS = limit
+        _check_ends(data)
+        picture = _open(data)
         width, height = picture.size
         if width * height > max_pixels:
             raise ImageError(
-                f"image is {width} x {height} pixels, more than {max_pixels:,} in all", where=where, fix="scale it down"
+                f"image is {width} x {height} pixels, more than {max_pixels:,} in all",
+                fix="scale it down",
+                reason="image_pixels",
             )
+        if least is not None:
+            picture.draft("RGB", (least, least))
         picture.load()
         picture = ImageOps.exif_transpose(picture)
         return _to_rgb(picture)
     except UnidentifiedImageError as error:
-        raise ImageError(f"bytes are not a picture in one of {', '.join(FORMATS)}", where=where) from error
-    except ImageError:
-        raise
+        raise ImageError(
+            f"bytes are not a picture in one of {', '.join(FORMATS)}", where=where, reason="image_unidentified"
+        ) from error
+    except ImageError as error:
+        raise ImageError(error.what, where=where, fix=error.fix, reason=error.reason) from error.__cause__
     except Exception as error:  # decoders promise no kinds of errors: a broken EXIF block alone raises four
         raise ImageError(
-            f"image is damaged or truncated: {error}", where=where, fix="export the picture again"
+            f"image is damaged or truncated: {error}",
+            where=where,
+            fix="export the picture again",
+            reason="image_truncated" if "truncated" in str(error).lower() else "image_damaged",
         ) from error
 
 
@@ -63,17 +93,24 @@ def read_image(root: Path, relative: str, *, where: str | None = None) -> bytes:
 
     Raises:
         PathError: the path is absolute, climbs out, or leads out through a link.
-        ImageError: there is no such file.
+        ImageError: there is no such file (image_missing), it may not be read (image_unreadable) or has too many bytes
+            (image_bytes).
     """
     file = inside(root, relative, where=where)
+    at = where or str(root)
     try:
         if not file.is_file():
-            raise ImageError(f"image {relative} does not exist", where=where or str(root))
+            raise ImageError(f"image {relative} does not exist", where=at, reason="image_missing")
         if file.stat().st_size > MAX_BYTES:
-            raise ImageError(f"image {relative} has more than {MAX_BYTES:,} bytes", where=where or str(root))
+            raise ImageError(f"image {relative} has more than {MAX_BYTES:,} bytes", where=at, reason="image_bytes")
         return file.read_bytes()
     except OSError as error:
-        raise ImageError(f"image {relative} cannot be read: {error.strerror}", where=where or str(root)) from error
+        is_no_name = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        raise ImageError(
+            f"image {relative} cannot be read: {error.strerror}",
+            where=at,
+            reason="image_missing" if is_no_name else "image_unreadable",
+        ) from error
 
 
 def inside(root: Path, relative: str, *, where: str | None = None) -> Path:
@@ -105,12 +142,54 @@ def media_type(data: bytes) -> str:
     from PIL import Image as PILImage
 
     with PILImage.open(io.BytesIO(data), formats=FORMATS) as picture:
-        return PILImage.MIME[str(picture.format)]
+        # several JPEGs in one file: the first is what counts
+        return PILImage.MIME["JPEG" if picture.format == "MPO" else str(picture.format)]
 
 
 def data_uri(data: bytes) -> str:
     """Encoded bytes as a page can hold them."""
     return f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
+
+
+def _open(data: bytes) -> "PILImage.Image":
+    """The header; nothing is decoded."""
+    from PIL import Image as PILImage
+
+    # Pillow's own bomb check would only warn below twice its limit; ours is an error at the stated size. The limit is
+    # one for the whole process: two threads that took it away at once would not put it back
+    with _OPENING:
+        limit, PILImage.MAX_IMAGE_PIXELS = PILImage.MAX_IMAGE_PIXELS, None
+        try:
+            return PILImage.open(io.BytesIO(data), formats=FORMATS)
+        finally:
+            PILImage.MAX_IMAGE_PIXELS = limit
+
+
+def _check_ends(data: bytes) -> None:
+    """Raise `ImageError` where a container itself tells of bytes that are not there or have changed.
+
+    Pillow reads neither the checksums of a PNG's pixels nor what follows them, and calls a cut WebP unreadable.
+    """
+    if data.startswith(_PNG):
+        _check_png(data)
+    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
+        raise _truncated(len(data))
+
+
+def _check_png(data: bytes) -> None:
+    view, at, name = memoryview(data), len(_PNG), b""
+    while name != b"IEND":
+        end = at + 12 + int.from_bytes(view[at : at + 4], "big")
+        if end > len(data) or at + 12 > len(data):
+            raise _truncated(len(data))
+        name = bytes(view[at + 4 : at + 8])
+        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            raise ImageError(f"image is damaged: wrong checksum of {name!r} at byte {at}", fix="export it again")
+        at = end
+
+
+def _truncated(size: int) -> ImageError:
+    return ImageError(f"image is truncated: it goes on behind its {size:,} bytes", reason="image_truncated")
 
 
 def _to_rgb(picture: "PILImage.Image") -> "PILImage.Image":
@@ -120,10 +199,17 @@ def _to_rgb(picture: "PILImage.Image") -> "PILImage.Image":
         import numpy as np
 
         # Pillow clips 16-bit values instead of scaling them
-        values = np.asarray(picture).astype(np.float64)
-        picture = PILImage.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+        picture = PILImage.fromarray(_eight_bits()[np.asarray(picture).clip(0, 65_535)])
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = PILImage.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = PILImage.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+@functools.cache
+def _eight_bits() -> "np.ndarray":
+    """The nearest 8-bit value of every 16-bit one: a table, for arithmetic would take eight bytes a pixel."""
+    import numpy as np
+
+    return ((np.arange(65_536) + 128) // 257).astype(np.uint8)

@@ -27,6 +27,8 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Of colours in [-1, 1]."""
 EPS = 1e-10
 SIDE = 224
+HASHED = 128
+"""Pixels that a side needs for a perceptual hash: more of them change it next to nothing."""
 
 
 class _Fire(nn.Module):
@@ -143,8 +145,8 @@ class LPIPS(nn.Module):
         shift, scale = (torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (SHIFT, SCALE))
         found = []
         for features, weight in zip(self._tapped((pixels - shift) / scale), self.weights, strict=True):
-            norm = features.square().sum(1, keepdim=True).sqrt() + EPS
-            found.append(features / norm * weight.clamp_min(0).sqrt().view(-1, 1, 1))
+            norm = torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPS
+            found.append((features / norm).mul_(weight.clamp_min(0).sqrt().view(-1, 1, 1)))
         return found
 
     @staticmethod
@@ -153,8 +155,9 @@ class LPIPS(nn.Module):
         total = described[0].new_zeros(len(described[0]), len(described[0]))
         for layer in described:
             flat = layer.flatten(1)
-            total += torch.stack([(flat - one).square().sum(1) for one in flat]) / layer[0, 0].numel()
-        return total
+            for i in range(1, len(flat)):
+                total[i, :i] += (flat[:i] - flat[i]).square_().sum(1) / layer[0, 0].numel()
+        return total + total.T
 
     def of_pictures(self, pictures: "Sequence[PILImage.Image]", side: int = SIDE) -> Tensor:
         """(M, M) between RGB pictures, resized to a square without cropping."""
@@ -194,6 +197,13 @@ class CLIP:
         )
         out = self._model(**inputs)
         return cast(Tensor, out.image_embeds @ out.text_embeds.T)
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """(M, D), of length 1; what is longer than the model reads is cut."""
+        inputs = self._processor(text=list(texts), return_tensors="pt", padding=True, truncation=True)
+        features = self._model.text_projection(self._model.text_model(**inputs).pooler_output)
+        return F.normalize(features, dim=-1)
 
     @torch.no_grad()
     def picture_features(self, pictures: "Sequence[PILImage.Image]") -> Tensor:
@@ -242,7 +252,6 @@ def difference_hash(picture: "PILImage.Image", side: int = 16) -> int:
     """A perceptual hash of side * side bits: whether each cell is brighter than the one to its right."""
     from PIL import Image as PILImage
 
-    picture.draft("L", (8 * side, 8 * side))
     grey = picture.convert("L").resize((side + 1, side), PILImage.Resampling.BOX)
     values = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(side, side + 1).int()
     bits = (values[:, :-1] > values[:, 1:]).flatten().tolist()

@@ -48,6 +48,12 @@ DAMAGED = {
     "tiff.png": encoded(picture(2), "TIFF"),
 }
 """Name -> bytes that no door lets in."""
+REASONS = {
+    **dict.fromkeys(DAMAGED, "image_unidentified"),
+    **dict.fromkeys(("cut.png", "cut.jpg"), "image_truncated"),
+    "bomb.png": "image_pixels",
+}
+"""Why."""
 
 
 def chat(identity: str | None, *images: str, text: str = "look") -> dict:
@@ -90,7 +96,7 @@ MIXED = (
     (line(chat("link", "link.png")), "image_path"),
     (line(chat("folder", "folder")), "image_missing"),
     (line(chat("long", "x" * 5000 + ".png")), "image_missing"),
-    *((line(chat(name, f"bad/{name}")), "image_damaged") for name in sorted(DAMAGED)),
+    *((line(chat(name, f"bad/{name}")), REASONS[name]) for name in sorted(DAMAGED)),
     (line({"id": "asked", "messages": [{"role": "user", "content": "only asked"}]}), "no_answer"),
     (line({"id": "blank", "messages": [{"role": "assistant", "content": " \n"}]}), "no_answer"),
     (line(chat("first", "b.png")), "duplicate_id"),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
-from tests.data.corpus import DAMAGED, encoded, png_header
+from tests.data.corpus import DAMAGED, REASONS, encoded, png_header
 from tests.test_scorers import save_clip
 from weft.config import load_config
 from weft.data.build import BuildConfig
@@ -112,7 +112,7 @@ def test_a_picture_that_cannot_be_decoded_is_lost(name):
     good = image(1)
     left, (loss,) = stage(page("a", of(DAMAGED[name], name), good))
     assert list(left.images) == [good]
-    assert (loss.what, loss.reason, loss.image) == ("image", "image_damaged", name)
+    assert (loss.what, loss.reason, loss.image) == ("image", REASONS[name], name)
     assert loss.field == "messages[0].content[1]"
 
 
@@ -420,7 +420,7 @@ class Stub:
 def test_a_picture_is_compared_with_the_sentences_beside_it(monkeypatch):
     a, b, c = (image(seed) for seed in range(3))
     stub = Stub({(a.data, "Two."): 0.5, (b.data, "Three."): 0.4, (c.data, "Four."): 0.3, (a.data, "Four."): 0.9})
-    monkeypatch.setattr(coherence, "_cosines", lambda folder: stub)
+    monkeypatch.setattr(coherence, "cosines_of", lambda folder: stub)
     config = coherence.Coherence(model=Path("models/nano"), threshold_model="nano", aggregate="mean", threshold=0.39)
     document = page("One. Two.", a, "Three.", b, c, "Four.", similarity_model="another")
     left, losses = coherence.build(config)(document)
@@ -443,7 +443,7 @@ def test_a_real_clip_scores_what_no_source_has(tmp_path):
     limit = {"threshold": sum(wanted) / 2 + 0.001}
     assert drop(coherence.build(coherence.Coherence(**{**fields, **limit}))(left))[0] == "incoherent"
     broken = page("a", of(b"broken"))
-    assert drop(coherence.build(coherence.Coherence(**fields))(broken))[0] == "image_damaged"
+    assert drop(coherence.build(coherence.Coherence(**fields))(broken))[0] == "image_unidentified"
 
 
 def test_pictures_that_stand_together_are_compared_with_the_nearest_text():
@@ -453,7 +453,7 @@ def test_pictures_that_stand_together_are_compared_with_the_nearest_text():
 
 
 def test_pictures_without_any_text_cannot_be_judged(monkeypatch):
-    monkeypatch.setattr(coherence, "_cosines", lambda folder: Stub({}))
+    monkeypatch.setattr(coherence, "cosines_of", lambda folder: Stub({}))
     stage = coherence.build(coherence.Coherence(model=Path("nano"), threshold_model="nano"))
     assert drop(stage(page(image(0), " ", image(1))))[0] == "no_text"
 

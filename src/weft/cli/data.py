@@ -1,10 +1,10 @@
 """`weft data build | check | view | funnel | stats | sniff`: documents in, a dataset out, and a look at either."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -12,6 +12,7 @@ from weft.errors import DocumentError, UsageError, WeftError
 
 if TYPE_CHECKING:
     from weft.data.build import BuildConfig, OnProgress, Progress, Summary
+    from weft.data.sources import SourceConfig
 
 app = App(name="data", help="Build, check and view training data made of illustrated documents.")
 
@@ -149,9 +150,17 @@ def funnel(
     shown: list[tuple[Any, ...]] = []
     for row in rows:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
-        shown.append((row.stage, row.records_in, row.records_dropped, row.images_in, row.images_dropped, seconds, ""))
-        shown += [("", "", "", "", "", "", f"{reason} {n}") for reason, n in row.reasons.items()]
-    _print_table(("stage", "records in", "dropped", "images in", "dropped", "seconds", "reason"), shown)
+        counts = (row.records_in, row.records_dropped, row.images_in, row.images_dropped)
+        reasons: list[tuple[Any, ...]] = sorted(row.reasons.items(), key=lambda item: -item[1])
+        reason, *more = reasons or [("", "")]
+        shown.append((row.stage, *(f"{n:,}" for n in counts), seconds, *reason))
+        shown += [("", "", "", "", "", "", *each) for each in more]
+    header = ("stage", "records", "lost", "images", "lost", "s", "reason", "times")
+    _print_table(header, shown, numbers=(1, 2, 3, 4, 5, 7))
+    if rows:
+        first, last = rows[0], rows[-1]
+        records, images = last.records_in - last.records_dropped, last.images_in - last.images_dropped
+        print(f"kept {records:,} of {first.records_in:,} records, {images:,} of {first.images_in:,} images")
     if other is not None:
         print()
         _print_table(
@@ -183,7 +192,8 @@ def stats(path: Path, *, json_output: Annotated[bool, Parameter(name="--json", n
     print()
     _print_table(
         ("of a document", *found.quantiles),
-        [(name, *values) for name, values in found.of_a_document.items()],
+        [(name, *(f"{value:,}" for value in values)) for name, values in found.of_a_document.items()],
+        numbers=range(1, 1 + len(found.quantiles)),
     )
 
 
@@ -225,7 +235,7 @@ def sniff(
 
 
 @app.command
-def view(path: Path, *, out: Path | None = None, samples: int = 24) -> None:
+def view(path: Path, *, out: Path | None = None, samples: int = 24, drops: int = 3) -> None:
     """Write one HTML page with documents and their pictures, and what was dropped by reason.
 
     Parameters
@@ -236,14 +246,261 @@ def view(path: Path, *, out: Path | None = None, samples: int = 24) -> None:
         The page; by default named after PATH, in the current folder.
     samples: int
         Documents shown, spread over all.
+    drops: int
+        Of what was dropped for the same reason, so many are shown with their pictures. Of a dataset they are read
+        again from its sources, where these are still there; 0 leaves the sources alone.
     """
     from weft.data.view import write_view
 
-    if samples < 1:
-        raise UsageError(f"--samples must be 1 or more, got {samples}", where="weft data view")
+    if samples < 1 or drops < 0:
+        given = f"--samples {samples} --drops {drops}"
+        raise UsageError(f"--samples must be 1 or more and --drops 0 or more, got {given}", where="weft data view")
     page = out or Path(f"{path.resolve().stem}.html")
-    write_view(path, page, samples=samples)
+    write_view(path, page, samples=samples, drops=drops)
     print(page)
+
+
+@app.command
+def calibrate(
+    source: Path,
+    *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    samples: int = 200,
+    keep: float = 0.95,
+    page: Path | None = None,
+    out: Path | None = None,
+    json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Measure a sample of the sources, and propose thresholds: what each would keep, as text, a page and a recipe.
+
+    The page shows the pairs of pictures near every threshold, and what the three readings of the paper's rule make of
+    them. A recipe's keys can be set here by their path, as for `weft data build`.
+
+    Parameters
+    ----------
+    source: Path
+        A recipe, whose thresholds and models are taken; or a folder or file of documents.
+    samples: int
+        Documents measured: the first ones of units that are spread over all sources.
+    keep: float
+        The share of the sample that each proposed threshold keeps, or more.
+    page: Path | None
+        The HTML page; by default named after SOURCE, in the current folder.
+    out: Path | None
+        The proposed filters as YAML, to be put into a recipe; by default named after SOURCE, in the current folder.
+    json_output: bool
+        Print one JSON object for programs.
+    """
+    from weft.data import calibrate as calibrating
+    from weft.data.calibrate_page import write_page
+
+    if samples < 1:
+        raise UsageError(f"--samples must be 1 or more, got {samples}", where="weft data calibrate")
+    config = _config(source, list(overrides))
+    filters = config.stages if source.suffix in (".yaml", ".yml") else calibrating.DEFAULT
+    report = calibrating.calibrate(filters, calibrating.sample(config.sources, samples), keep)
+    name = source.resolve().stem
+    page, out = page or Path(f"{name}_calibration.html"), out or Path(f"{name}_thresholds.yaml")
+    write_page(report, page, f"Calibration of {name}")
+    calibrating.write_fragment(report, out, source)
+    print(json.dumps(report.to_json()) if json_output else f"{report}\n\n{page}\n{out}")
+
+
+@app.command
+def fetch(
+    source: Path,
+    *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    out: Path,
+    contact: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Fetch the pictures that a source names by URL, for a build to find. Nothing else in Weft sends such requests.
+
+    Robots rules and opt-outs are kept, private addresses refused. What was fetched, or refused for good, is not asked
+    for again: a fetch that was stopped goes on where it was. How, can be set by name: `--threads 16`, `--per-host 2`,
+    `--delay 0` (seconds between requests to a host), `--seconds 10` and `--max-bytes 20971520` (for one picture),
+    `--respect-noml true`, `--ports "[80, 443]"`.
+
+    Parameters
+    ----------
+    source: Path
+        A recipe of `weft data build`, a dataset that it made (its sources are meant), or a folder or file of documents.
+    out: Path
+        The folder to fill: pictures/ for a source's `images`, objects/ with the same bytes by their SHA-256, and
+        fetch.jsonl with what came of every URL.
+    contact: str | None
+        Your mail address or page, for whoever runs a server: part of the user agent. Nothing is sent without it.
+    dry_run: bool
+        Send nothing: print how many pictures there are to fetch, by host.
+    json_output: bool
+        Print one JSON object for programs.
+    """
+    from weft.config import load_config, parse_overrides
+    from weft.data import fetch as fetching
+
+    wanted = fetching.wanted_in(_sources_of(source))
+    if dry_run:
+        hosts = fetching.count_hosts(wanted, out)
+        if json_output:
+            print(json.dumps({"dry_run": True, "hosts": hosts}))
+            return
+        _print_table(("host", "pictures to fetch"), list(hosts.most_common(_SHOWN)))
+        print(f"{hosts.total():,} pictures of {len(hosts):,} hosts to fetch")
+        return
+    if contact is None:
+        raise UsageError(
+            "who fetches is not said, so nothing is fetched",
+            where="weft data fetch",
+            fix="add --contact with your mail address or page; --dry-run shows what would be fetched",
+        )
+    config = load_config(
+        fetching.FetchConfig, overrides={**parse_overrides(list(overrides)), "enabled": True, "contact": contact}
+    )
+    found = fetching.fetch(wanted, config, out)
+    if json_output:
+        print(json.dumps(found.to_json()))
+    else:
+        if found.refused:
+            _print_table(("not fetched", "pictures"), found.refused.most_common())
+        print(f"{found.fetched:,} pictures fetched, {found.known:,} known before, {found.refused.total():,} refused")
+        print(f"what came of every URL is in {out / 'fetch.jsonl'}")
+        print(f"to use them, set images: {out / 'pictures'} in the source")
+    if found.refused and not found.fetched and not found.known:
+        raise WeftError(
+            "no picture could be fetched", where=str(out / "fetch.jsonl"), fix="each line there says why for one URL"
+        )
+
+
+def _sources_of(source: Path) -> "tuple[SourceConfig, ...]":
+    """Of a recipe, of the dataset that was made of them, or the one that a folder or file is."""
+    from weft.data.build import BuildConfig
+    from weft.data.shards import SUMMARY
+
+    if (source / SUMMARY).is_file():
+        return BuildConfig.model_validate(json.loads((source / SUMMARY).read_bytes())["config"]).sources
+    return _config(source, []).sources
+
+
+@app.command
+def redact(
+    dataset: Path,
+    *,
+    block: Path,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Take documents out of a finished dataset, by a list of URLs, SHA-256 and ids. Nothing is built again.
+
+    The ledger, the summary and the card say what was removed, and by which list. A build of the same sources would
+    bring the documents back: keep the list.
+
+    Parameters
+    ----------
+    dataset: Path
+        A dataset.
+    block: Path
+        One entry to a line: a URL of a page or a picture, 64 hex digits (a picture's SHA-256), or `id` and a
+        document's id. A document with any of them goes, whole.
+    dry_run: bool
+        Only say what would be removed.
+    json_output: bool
+        Print one JSON object for programs.
+    """
+    from weft.data.redact import read_block_list
+    from weft.data.redact import redact as redact_data
+
+    found = redact_data(dataset, read_block_list(block), dry_run=dry_run)
+    if json_output:
+        print(json.dumps({"dry_run": dry_run, **found.to_json()}))
+        return
+    if found.reasons:
+        _print_table(("reason", "documents"), sorted(found.reasons.items()))
+    removed = f"{found.removed.records:,} documents with {found.removed.images:,} images"
+    print(f"{removed} {'would be removed' if dry_run else 'removed'}, {found.left.records:,} left")
+    if found.unmatched:
+        print(f"{found.unmatched:,} entries of the list removed nothing more")
+    if found.removed.records and not dry_run:
+        print(f"{dataset}: fingerprint {found.fingerprint[:12]}; every removal is in {dataset / 'ledger.jsonl'}")
+
+
+@app.command(name="import")
+def import_(
+    form: str,
+    source: Path,
+    /,
+    *,
+    out: Path,
+    fresh: Annotated[bool, Parameter(negative=())] = False,
+    json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Make a dataset of files of another form. Documents keep their ids; what is dropped is in the ledger.
+
+    Parameters
+    ----------
+    form: str
+        chat_jsonl, huggingface, llama_factory, llava, swift or webdataset.
+    source: Path
+        A folder of that form, or one of its data files. `weft data sniff` looks at files of unknown forms.
+    out: Path
+        The folder to make; a dataset that is there is replaced.
+    fresh: bool
+        Forget what a stopped run has done.
+    json_output: bool
+        Print one JSON object for programs.
+    """
+    from weft.data.build import BuildConfig
+    from weft.data.exchange.transfer import import_data
+
+    with _progress() as show:
+        summary = import_data(form, source, out, fresh=fresh, on_progress=show)
+    if json_output:
+        print(json.dumps(summary.to_json(), ensure_ascii=False))
+    else:
+        _print_summary(summary, BuildConfig.model_validate(summary.config), out)
+    _refuse_success(summary, out)
+
+
+@app.command
+def export(
+    dataset: Path,
+    /,
+    *,
+    to: str,
+    out: Path,
+    on_lack: Literal["refuse", "document", "part"] = "refuse",
+    json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Write a dataset as files for other programs. What their form cannot carry is refused, and nothing is written.
+
+    Pictures keep their bytes. An export that was stopped goes on where it was. The README of the export says how it is
+    read, and what was left out of it.
+
+    Parameters
+    ----------
+    dataset: Path
+        A dataset, or a JSONL file in the chat form.
+    to: str
+        chat_jsonl, huggingface, llama_factory, llava, swift or webdataset.
+    out: Path
+        The folder to make; an export that is there is replaced.
+    on_lack: Literal["refuse", "document", "part"]
+        What something that the form cannot carry costs: everything, the document it is in, or only itself.
+    json_output: bool
+        Print one JSON object for programs.
+    """
+    from weft.data.exchange import form_called
+    from weft.data.exchange.transfer import export_data
+
+    with _documents_done("exporting") as show:
+        done = export_data(dataset, to, out, on_lack=on_lack, on_progress=show)
+    if json_output:
+        print(json.dumps(done.to_json(), ensure_ascii=False))
+        return
+    if done.lacks:
+        lacks = form_called(to).lacks
+        rows = [(reason, lacks[reason], n, done.documents[reason]) for reason, n in sorted(done.lacks.items())]
+        _print_table(("lacking", "what", "times", "in documents"), rows)
+    print(f"{out}: {done.written} of {done.read} documents as {to}")
 
 
 def _config(source: Path, overrides: list[str]) -> "BuildConfig":
@@ -273,6 +530,19 @@ def _progress() -> "Iterator[OnProgress]":
             line.update(task, description=f"{counts}, unit {progress.done} of {progress.units}")
 
         yield show
+
+
+@contextmanager
+def _documents_done(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, on a terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Line
+
+    columns = (*Line.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Line(*columns, console=Console(stderr=True), transient=True) as line:
+        task = line.add_task(what)
+        yield lambda done, of: line.update(task, completed=done, total=of)
 
 
 def _refuse_success(summary: "Summary", place: Path) -> None:
@@ -316,15 +586,17 @@ def _name_of(config: "BuildConfig", number: int) -> str:
     return source.kind if isinstance(source, Picturebook) else str(source.path)
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]], numbers: Collection[int] = ()) -> None:
+    """Columns of `numbers` stand at the right, as integers do in the others."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
+    for i, name in enumerate(header):
+        table.add_column(name, overflow="fold", justify="right" if i in numbers else "left")
     for row in rows:
         # Text, not a string: file names and messages are no markup
-        table.add_row(*(Text(str(cell), justify="right" if isinstance(cell, int) else "left") for cell in row))
+        at_right = [isinstance(cell, int) or i in numbers for i, cell in enumerate(row)]
+        table.add_row(*(Text(str(c), justify="right" if r else "left") for c, r in zip(row, at_right, strict=True)))
     Console().print(table)

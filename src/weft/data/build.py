@@ -14,6 +14,7 @@ import pydantic
 from weft.atomic import verify_folder, write_folder, write_json, write_text
 from weft.config import Config
 from weft.data.attempts import work_off
+from weft.data.card import card, made_on
 from weft.data.commit import UNIQUE, Merged, merge, same_id
 from weft.data.executor import ExecutorConfig
 from weft.data.executors import open_executor
@@ -21,12 +22,12 @@ from weft.data.filters import DEFAULT, FilterConfig
 from weft.data.filters.order import Order, ordered
 from weft.data.ledger import Tally
 from weft.data.parts import QUARANTINE, WorkFolder
-from weft.data.shards import CARD, LEDGER, SUMMARY, times_of
+from weft.data.shards import CARD, SUMMARY, times_of
 from weft.data.sources import SOURCES, SourceConfig
 from weft.data.sources.base import Unit
 from weft.data.sources.picturebook_source import Picturebook
 from weft.data.stage import Processed, Record, drop_record, run_stages, run_window
-from weft.data.units import Share, Work, plan_work
+from weft.data.units import PASSING, Share, Work, plan_work
 from weft.data.worker import Worker, stages_of, window_of, windows
 from weft.errors import CheckpointError, UsageError
 
@@ -200,6 +201,7 @@ def check_replaceable(out: Path, sources: Iterable[Path]) -> None:
 
 
 def _folder(config: BuildConfig, out: Path) -> WorkFolder:
+    made_on()  # a wrong date is told before the work, not after it
     check_replaceable(out, [source.path for source in config.sources if not isinstance(source, Picturebook)])
     return WorkFolder(out)
 
@@ -220,10 +222,10 @@ def _do(config: BuildConfig, work: Work, folder: WorkFolder, share: Share, on_pr
     done = len(chunks) - len(left)
     if not left:
         return Progress(total, done, len(chunks))
-    limit = None if config.executor.kind == "serial" else config.executor.record_seconds
-    worker = Worker(config.sources, config.stages, folder, limit)
-    with open_executor(config.executor, worker) as executor:
-        for end in work_off(executor, left, config.executor, folder):
+    executor = config.executor
+    worker = Worker(config.sources, config.stages, folder, executor.record_seconds, executor.kind != "serial")
+    with open_executor(executor, worker) as workers:
+        for end in work_off(workers, left, executor, folder):
             done += 1
             if end.result is not None:
                 total.merge(end.result.tally)
@@ -236,7 +238,7 @@ def _finish(config: BuildConfig, work: Work, folder: WorkFolder, out: Path) -> S
         merged = merge(work, folder, staging)
         summary = _summary(config, merged)
         write_json(staging / SUMMARY, summary.to_json())
-        write_text(staging / CARD, _card(summary))
+        write_text(staging / CARD, card(summary.to_json(), staging))
     write_json(times_of(out), {step: round(seconds, 3) for step, seconds in sorted(merged.seconds.items())})
     if not merged.quarantined:
         folder.remove()
@@ -246,15 +248,17 @@ def _finish(config: BuildConfig, work: Work, folder: WorkFolder, out: Path) -> S
 def _summary(config: BuildConfig, merged: Merged) -> Summary:
     filters = [filter.kind for filter in config.stages]
     set_aside = [QUARANTINE] if merged.quarantined else []
+    stages = ("read", *set_aside, *filters, "size", UNIQUE)
+    merged.total.check(stages)
     return Summary(
         merged.total,
         tuple(Source(*key, tally) for key, tally in merged.sources.items()),
         tuple(merged.quarantined),
-        ("read", *set_aside, *filters, "size", UNIQUE),
+        stages,
         merged.fingerprint,
         merged.files,
         # who did the work, and where to, changes nothing
-        config.model_dump(mode="json", exclude={"executor", "out"}),
+        config.model_dump(mode="json", exclude={"executor": True, "out": True, "filters": {"__all__": PASSING}}),
     )
 
 
@@ -263,20 +267,3 @@ def _unique(item: Processed, firsts: dict[str, Record]) -> Processed:
         return item
     first = firsts.setdefault(item.document.id, item.record)
     return item if first is item.record else drop_record(item, UNIQUE, same_id(first))
-
-
-def _card(summary: Summary) -> str:
-    kept, read = summary.total.kept, summary.total.read
-    rows = "".join(
-        f"| {row['stage']} | {row['in']['records']} | {row['dropped']['records']} | "
-        f"{row['in']['images']} | {row['dropped']['images']} | "
-        f"{', '.join(f'{reason} {n}' for reason, n in row['reasons'].items())} |\n"
-        for row in summary.total.funnel(summary.stages)
-    )
-    return (
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train-*.parquet\n---\n\n"
-        f"Illustrated documents: {kept.records:,} of {read.records:,} records, {kept.texts:,} of {read.texts:,} texts, "
-        f"{kept.images:,} of {read.images:,} images. What was dropped is in `{LEDGER}`, counts and settings are in "
-        f"`{SUMMARY}`.\n\n"
-        "| stage | records in | dropped | images in | dropped | reasons |\n|---|---:|---:|---:|---:|---|\n" + rows
-    )

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from weft.atomic import sha256_of
-from weft.data.ledger import Tally, entry_of, line_of
+from weft.data.ledger import Tally, check_rows, entry_of, line_of
 from weft.data.parts import QUARANTINE, Part, Rows, WorkFolder
 from weft.data.shards import LEDGER, ShardWriter, fingerprint_of
 from weft.data.stage import Count, Drop, Loss, Processed, Record, drop_record, run_stages
 from weft.data.units import Chunk, Work
-from weft.errors import CheckpointError, UsageError
+from weft.errors import CheckpointError, UsageError, WeftError
 
 UNIQUE = "unique"
 """The stage that sees all records: of those with the same id the first is kept."""
@@ -37,6 +37,17 @@ class Merged:
     """By step, all workers together."""
     files: tuple[str, ...] = ()
     fingerprint: str = ""
+
+    def check(self, rows: int) -> None:
+        """Raise `WeftError` unless everything that was read is in `rows` or was dropped, of each source and of all."""
+        of_sources = Tally()
+        for tally in self.sources.values():
+            tally.check()
+            of_sources.merge(tally)
+        self.total.check()
+        check_rows(rows, self.total)
+        if (of_sources.read, of_sources.kept) != (self.total.read, self.total.kept):
+            raise WeftError(f"the counts do not add up: {of_sources.read} of the sources, {self.total.read} in all")
 
 
 def merge(work: Work, folder: WorkFolder, staging: Path) -> Merged:
@@ -64,7 +75,7 @@ def merge(work: Work, folder: WorkFolder, staging: Path) -> Merged:
         merge.writer.abort()
         raise
     files = merge.writer.close()
-    merge.result.total.check()
+    merge.result.check(merge.rows)
     merge.result.files = tuple(file.name for file in files)
     merge.result.fingerprint = fingerprint_of(map(sha256_of, files))
     return merge.result
@@ -117,6 +128,8 @@ class _Merge:
         self._first_of = first_of
         self._firsts: dict[int, Record | None] = dict.fromkeys(first_of.values())
         self._row = 0
+        self.rows = 0
+        """Written so far."""
 
     def add_skipped(self, number: int, record: Record, ledger: IO[bytes]) -> None:
         item = run_stages(record, ())
@@ -151,6 +164,7 @@ class _Merge:
         for rows in part.rows():
             rows = self._unique(rows, chunk, at_the_end)
             self.writer.add(rows.columns, rows.sizes)
+            self.rows += len(rows)
 
     def _unique(self, rows: Rows, chunk: Chunk, ledger: IO[bytes]) -> Rows:
         numbers = range(self._row, self._row + len(rows))

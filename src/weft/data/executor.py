@@ -35,7 +35,7 @@ class ExecutorConfig(Config):
     records: PositiveInt = 128
     """Of a unit of work, about: what a worker that is killed has to do again."""
     record_seconds: PositiveFloat = 60
-    """A worker process that is longer at one record is ended; `serial` waits."""
+    """A worker process that is longer at one record is ended; `serial` is interrupted as soon as Python can be."""
     max_attempts: PositiveInt = 3
     """At a unit whose work fails, before what fails is set aside."""
     max_bad_units: NonNegativeInt = 10

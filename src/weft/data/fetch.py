@@ -25,15 +25,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pydantic
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from weft.atomic import write_bytes
 from weft.config import Config
-from weft.data.sources.base import parse_json
+from weft.data.sources import SOURCES, SourceConfig
+from weft.data.sources.base import has_picture, parse_json, root_of
 from weft.data.sources.draft import url_name
+from weft.data.sources.files import values
+from weft.data.sources.mmc4 import Mmc4
 from weft.data.stage import RecordError
 from weft.data.urls import PORTS, Network, Refused, port_of, public_address, read_url
 from weft.errors import UsageError
@@ -104,6 +107,9 @@ class Fetched:
     refused: Counter[str]
     """By reason."""
 
+    def to_json(self) -> dict[str, Any]:
+        return {"fetched": self.fetched, "known": self.known, "refused": dict(self.refused)}
+
 
 def wanted_of(ledger: Path) -> Iterator[Wanted]:
     """Pictures that a build lost because they had not been fetched, by its ledger."""
@@ -111,6 +117,35 @@ def wanted_of(ledger: Path) -> Iterator[Wanted]:
         for entry in map(json.loads, lines):
             if entry["reason"] == "image_remote" and entry["image"]:
                 yield Wanted(entry["image"])
+
+
+def wanted_in(sources: Iterable[SourceConfig]) -> Iterator[Wanted]:
+    """Pictures that sources name by URL and that are not where they look for pictures.
+
+    Raises:
+        UsageError: a source holds nothing.
+    """
+    for source in sources:
+        if isinstance(source, Mmc4):
+            for unit in SOURCES[source.kind].plan(source).units:
+                root = root_of(source.path)
+                lines = (line for _, line in values(root, unit, parse=bytes) if isinstance(line, bytes))
+                pictures = source.images or (root / unit.file).parent
+                yield from (item for item in wanted_of_mmc4(lines) if not has_picture(pictures, item.file))
+            continue
+        if "on_bad_image" in type(source).model_fields:
+            # where one lost picture costs the record, the others are not named
+            source = source.model_copy(update={"on_bad_image": "image"})
+        for unit in SOURCES[source.kind].plan(source).units:
+            for record in SOURCES[source.kind].read(source, unit):
+                for loss in record.losses:
+                    if loss.reason == "image_remote" and loss.image:
+                        yield _of_page(loss.image)
+
+
+def _of_page(url: str) -> Wanted:
+    """Readers look for it under the name that the page's own spelling gives."""
+    return Wanted(f"https:{url}", url_name(url)) if url.startswith("//") else Wanted(url)
 
 
 def wanted_of_mmc4(lines: Iterable[bytes]) -> Iterator[Wanted]:
@@ -155,6 +190,17 @@ def fetch(wanted: Iterable[Wanted], config: FetchConfig, out: Path, network: Net
     return Fetched(fetched, known, counts)
 
 
+def count_hosts(wanted: Iterable[Wanted], out: Path) -> Counter[str]:
+    """How many pictures of each host `fetch` would ask for. Holds a hash of each in memory."""
+    log, files, hosts = _Log(out / "fetch.jsonl"), set[bytes](), Counter[str]()
+    for item in wanted:
+        name = hashlib.blake2b(item.file.encode(), digest_size=16).digest()
+        if name not in files and not log.is_settled(item.url) and not _is_there(out, item.file):
+            files.add(name)
+            hosts[_host_of(item.url)] += 1
+    return hosts
+
+
 class _Log:
     """Remembers what came of every URL. Threads share it."""
 
@@ -165,7 +211,8 @@ class _Log:
             for line in file.read_bytes().splitlines():
                 with contextlib.suppress(ValueError, KeyError):  # of a process that died while it wrote
                     self._remember(json.loads(line))
-        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115
+        self._path = file
+        self._file: IO[str] | None = None
 
     def is_settled(self, url: str) -> bool:
         return url in self._settled
@@ -173,11 +220,14 @@ class _Log:
     def add(self, entry: dict[str, Any]) -> None:
         with self._lock:
             self._remember(entry)
+            if self._file is None:
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
             self._file.write(json.dumps(entry, ensure_ascii=True) + "\n")
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _remember(self, entry: dict[str, Any]) -> None:
         # what was fetched is known by its file, which somebody may have deleted

@@ -52,10 +52,24 @@ class Tally:
     def lost(self) -> Count:
         return sum(self.dropped.values(), Count())
 
-    def check(self) -> None:
-        """Raises `WeftError` unless kept + dropped = read for records, texts and images."""
+    def check(self, stages: Iterable[str] | None = None) -> None:
+        """Raise `WeftError` unless kept + dropped = read for records, texts and images.
+
+        Args:
+            stages: all that there are, in order: no other may have dropped anything, and none more than entered it.
+        """
         if self.kept + self.lost != self.read:
             raise WeftError(f"the counts do not add up: read {self.read}, kept {self.kept}, dropped {self.lost}")
+        if stages is None:
+            return
+        names, left = list(stages), self.read
+        unknown = self.dropped.keys() - set(names)
+        if unknown:
+            raise WeftError(f"the counts do not add up: {sorted(unknown)} dropped something and is no stage")
+        for name in names:
+            left -= self.dropped.get(name, Count())
+            if min(left.records, left.texts, left.images) < 0:
+                raise WeftError(f"the counts do not add up: stage {name} dropped more than entered it, {left} is left")
 
     def funnel(self, stages: Iterable[str]) -> list[dict[str, Any]]:
         """What entered and left every stage, in order."""
@@ -88,6 +102,12 @@ class Tally:
         dropped = {stage: Count(**lost) for stage, lost in state["dropped"].items()}
         reasons = Counter({(stage, what, reason): n for stage, what, reason, n in state["reasons"]})
         return cls(Count(**state["read"]), Count(**state["kept"]), state["added"], dropped, reasons)
+
+
+def check_rows(rows: int, tally: Tally) -> None:
+    """Raise `WeftError` unless as many rows were written as documents were kept."""
+    if rows != tally.kept.records:
+        raise WeftError(f"the counts do not add up: {rows} rows were written for {tally.kept.records} kept documents")
 
 
 def entry_of(drop: Drop, source: int, form: str | None) -> dict[str, Any]:

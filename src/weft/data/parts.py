@@ -12,7 +12,6 @@ differs from its manifest, and is made again.
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,11 +22,12 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from weft.atomic import MANIFEST, sha256_of, write_json
-from weft.data.ledger import Tally, entry_of, line_of
-from weft.data.shards import LEDGER, ROW_BYTES, ROWS, SCHEMA, from_row, size_of, times_of, to_row
+from weft.atomic import MANIFEST, clean_leftovers, remove, sha256_of, write_json
+from weft.data.ledger import Tally, check_rows, entry_of, line_of
+from weft.data.shards import LEDGER, ROW_BYTES, ROWS, SCHEMA, from_row, size_of, times_of, to_columns
 from weft.data.stage import Processed, Record, count
 from weft.data.units import Chunk, Share
+from weft.document import Document
 from weft.errors import UsageError
 
 QUARANTINE = "quarantine"
@@ -35,9 +35,8 @@ QUARANTINE = "quarantine"
 
 _ROWS_FILE = "rows.arrow"
 _SIZE, _FILE, _LINE, _ADDED = "_size", "_file", "_line", "_added"
-_PART_SCHEMA = pa.schema(
-    [*SCHEMA, (_SIZE, pa.int64()), (_FILE, pa.string()), (_LINE, pa.int64()), (_ADDED, pa.int32())]
-)
+_PLACE = pa.schema([(_SIZE, pa.int64()), (_FILE, pa.string()), (_LINE, pa.int64()), (_ADDED, pa.int32())])
+_PART_SCHEMA = pa.schema([*SCHEMA, *_PLACE])
 _LOCK = "lock"
 _GRACE = 30.0
 """Seconds that a rank waits for the other ranks, which look whether a build runs."""
@@ -168,12 +167,10 @@ class WorkFolder:
 
     def _clean_leftovers(self) -> None:
         """Nobody else is here: whatever is unfinished was left by the dead."""
-        leftovers = [*self._parts.glob(".*.part"), *self._running.iterdir()]
-        # of this dataset, and not of one called OUT.something
-        unfinished = re.compile(re.escape(f".{self._out.name}.") + r"[a-z0-9_]{8}\.(part|old)")
-        leftovers += [entry for entry in self.root.parent.iterdir() if unfinished.fullmatch(entry.name)]
-        for leftover in leftovers:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        clean_leftovers(self._parts)
+        clean_leftovers(self.root.parent, self._out.name)
+        for running in self._running.iterdir():
+            remove(running)
 
     def _remove_if_empty(self) -> None:
         folders = (self._parts, self._quarantine)
@@ -185,12 +182,15 @@ class PartWriter:
     """Writes the rows and the ledger of a unit of work; at most a row group is in memory."""
 
     def __init__(self, folder: Path, chunk: Chunk) -> None:
+        # the first array of a process loads pandas, where it is installed: seconds that are not the first record's
+        pa.array([])
         self._folder, self._chunk = folder, chunk
         self._ledger = open(folder / LEDGER, "wb")  # noqa: SIM115 - closed in __exit__
         self._sink = pa.OSFile(str(folder / _ROWS_FILE), "wb")
         self._writer = pa.ipc.new_file(self._sink, _PART_SCHEMA)
-        self._rows: list[dict[str, Any]] = []
-        self._bytes = 0
+        self._rows: list[tuple[Document, int, str, int | None, int]] = []
+        """Documents, and what `_PLACE` says of each."""
+        self._bytes = self._written = 0
         self.tally = Tally()
         self.seconds: dict[str, float] = {}
         """By step; to be set before the end."""
@@ -205,9 +205,8 @@ class PartWriter:
                 self._quarantined.append(entry)
         if item.document is None:
             return
-        size, record = size_of(item.document), item.record
-        extra = {_SIZE: size, _FILE: record.file, _LINE: record.line, _ADDED: record.added}
-        self._rows.append({**to_row(item.document), **extra})
+        size = size_of(item.document)
+        self._rows.append((item.document, size, item.record.file, item.record.line, item.record.added))
         self._bytes += size
         if len(self._rows) == ROWS or self._bytes >= ROW_BYTES:
             self._flush()
@@ -226,6 +225,8 @@ class PartWriter:
         self._writer.close()
         self._sink.close()
         self._ledger.close()
+        self.tally.check()
+        check_rows(self._written, self.tally)
         files = {
             name: {"bytes": (self._folder / name).stat().st_size, "sha256": sha256_of(self._folder / name)}
             for name in (_ROWS_FILE, LEDGER)
@@ -241,7 +242,11 @@ class PartWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=_PART_SCHEMA))
+            documents, *others = zip(*self._rows, strict=True)
+            places = [pa.array(values, field.type) for values, field in zip(others, _PLACE, strict=True)]
+            columns = [*to_columns(documents), *places]
+            self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_PART_SCHEMA))
+            self._written += len(self._rows)
         self._rows, self._bytes = [], 0
 
 

@@ -41,6 +41,10 @@ class Loss:
     message: str
     field: str | None = None
     image: str | None = None
+    value: float | None = None
+    """What was measured, where that decided."""
+    threshold: float | None = None
+    """What it was compared with."""
 
 
 Outcome = tuple[Document | None, tuple[Loss, ...]]
@@ -112,6 +116,8 @@ class Drop:
             "id": self.id,
             "field": self.loss.field,
             "image": self.loss.image,
+            "value": self.loss.value,
+            "threshold": self.loss.threshold,
             "texts": self.count.texts,
             "images": self.count.images,
         }
@@ -127,7 +133,7 @@ class Processed:
 
     @property
     def kept(self) -> Count:
-        return Count() if self.document is None else count(self.document) - Count(0, self.record.added, 0)
+        return Count() if self.document is None else _counted(self.document, self.record.added)
 
 
 class RecordError(DocumentError):
@@ -146,6 +152,11 @@ def count(document: Document) -> Count:
         else:
             images += 1
     return Count(1, texts, images)
+
+
+def _counted(document: Document, added: int) -> Count:
+    found = count(document)
+    return Count(found.records, found.texts - added, found.images) if added else found
 
 
 def rejected(file: str, line: int | None, error: RecordError) -> Record:
@@ -176,10 +187,12 @@ def run_window(
     """Take records through the named stages together, each as far as it gets.
 
     Raises:
-        WeftError: a stage took something without naming it, or gave too many outcomes or too few.
+        WeftError: the source or a stage took something without naming it, or a stage gave too many outcomes or too few.
     """
     taken = list(records)
     documents = [record.document for record in records]
+    for record in records:
+        _check_read(record)
     drops = [
         _placed(record, "read", None if document is None else document.id, record.losses, record.read)
         for record, document in zip(records, documents, strict=True)
@@ -199,6 +212,16 @@ def run_window(
             documents[i] = after
             taken[i] = replace(record, added=record.added + wrote.texts)
     return [Processed(*item) for item in zip(taken, documents, map(tuple, drops), strict=True)]
+
+
+def _check_read(record: Record) -> None:
+    left = Count() if record.document is None else _counted(record.document, record.added)
+    if (left + _total(record.losses, record.read) if record.losses else left) != record.read:
+        raise WeftError(
+            f"the source counted {record.read}, but gave {left} and named losses of "
+            f"{_total(record.losses, record.read)}",
+            where=record.file + (f", line {record.line}" if record.line else ""),
+        )
 
 
 def _outcomes(name: str, stage: AnyStage, left: Sequence[tuple[int, Document]], on_step: OnStep) -> Iterator[Outcome]:

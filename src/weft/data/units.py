@@ -2,13 +2,14 @@
 
 A unit that was done is found again by its identity. What changes its result changes its identity: the records it reads,
 the settings of its source and of the stages, the size and age of its files and of those the settings name, and the
-version of the code. Not so pictures that records name: start afresh after changing those.
+version of the code. Not so pictures that records name: start afresh after changing those. And not so the server that a
+chat model runs on, or how it is asked there: the same model may be elsewhere tomorrow.
 """
 
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,20 @@ from weft.errors import UsageError
 
 FORMAT = 1
 """Of what a unit leaves behind; another number, and nothing that was done before is used."""
+
+_OF_SERVERS = (
+    "base_url",
+    "key_variable",
+    "in_flight",
+    "timeout",
+    "attempts",
+    "longest_wait",
+    "failures_in_a_row",
+    "max_requests",
+    "max_tokens",
+)
+PASSING: Mapping[str, Any] = {"annotator": set(_OF_SERVERS), "cache": True}
+"""Settings of a filter that decide nothing about the result. Addresses of servers are written nowhere."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +120,10 @@ class _Identities:
             "format": FORMAT,
             "version": importlib.metadata.version("weft"),
             "source": source.model_dump(mode="json"),
-            "filters": [config.model_dump(mode="json") for config in filters],
-            "files": [_stamp(path) for config in (source, *filters) for path in _paths(config.model_dump())],
+            "filters": [config.model_dump(mode="json", exclude=PASSING) for config in filters],
+            "files": [
+                _stamp(path) for config in (source, *filters) for path in _paths(config.model_dump(exclude=PASSING))
+            ],
         }
         self._base = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         self._root, self._stamps = root, dict[str, Any]()

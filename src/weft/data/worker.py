@@ -10,15 +10,19 @@ import faulthandler
 import functools
 import itertools
 import mmap
+import signal
 import struct
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from weft.data.filters import FILTERS, FilterConfig
+from weft.data.filters.removal import rejected
 from weft.data.ledger import Tally
 from weft.data.parts import QUARANTINE, WorkFolder
 from weft.data.shards import size_of
@@ -51,6 +55,7 @@ _ORDINAL = struct.Struct("<q")
 _NOBODY = -1
 _SLACK = 1.0
 """Seconds: the clock of a hanging record is set anew no more often than this."""
+_TIMED_OUT = "it took longer than executor.record_seconds"
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,10 @@ class Worker:
     sources: tuple[SourceConfig, ...]
     filters: tuple[FilterConfig, ...]
     folder: WorkFolder
-    record_seconds: float | None
-    """The process ends if a record takes longer; None: whatever it takes."""
+    record_seconds: float
+    """What a record may take."""
+    is_own_process: bool = True
+    """Whether the process does nothing else: one that hangs is ended then, and else interrupted."""
 
     def __call__(self, job: Job) -> Done | Failed:
         """Do one job.
@@ -100,18 +107,19 @@ class Worker:
             OSError: the part cannot be written.
         """
         stages, identity = self._stages, job.chunk.identity
-        with Watch(self.folder.running(identity), self.record_seconds) as watch:
-            try:
-                with self.folder.write(job.chunk) as part:
-                    for item in _guarded(self._processed(job, stages, watch)):
-                        watch.step("write")
-                        part.add(item)
-                    part.seconds = watch.seconds
-                    return Done(part.tally)
-            except _StageError as failure:
-                error = failure.error
-                details = "".join(traceback.format_exception(error))
-                return Failed("raised", f"{type(error).__name__}: {error}", details, watch.ordinal)
+        watch = Watch(self.folder.running(identity), self.record_seconds, _Ending if self.is_own_process else _Alarm)
+        try:
+            with watch, self.folder.write(job.chunk) as part:
+                for item in _guarded(self._processed(job, stages, watch)):
+                    watch.step("write")
+                    part.add(item)
+                part.seconds = watch.seconds
+                return Done(part.tally)
+        except _StageError as failure:
+            error = failure.error
+            return Failed("raised", f"{type(error).__name__}: {error}", _traceback(error), watch.ordinal)
+        except _Overtime as error:
+            return Failed("timed_out", _TIMED_OUT, _traceback(error), watch.ordinal)
 
     def _processed(self, job: Job, stages: Stages, watch: "Watch") -> Iterator[Processed]:
         skip = {ordinal: Loss("record", reason, message) for ordinal, reason, message in job.skip}
@@ -128,6 +136,10 @@ class Worker:
     @functools.cached_property
     def _stages(self) -> Stages:
         return stages_of(self.filters)
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 class _StageError(Exception):
@@ -179,15 +191,59 @@ def windows(records: Iterable[Record], most: int) -> Iterator[tuple[int, list[Re
 def _fits(document: Document) -> Outcome:
     size = sum([len(image.data or b"") for image in document.images])
     if size > MAX_PICTURES:
-        return None, (Loss("record", "too_large", f"pictures of {size:,} bytes, more than {MAX_PICTURES:,}"),)
+        return rejected("too_large", f"pictures of {size:,} bytes, more than {MAX_PICTURES:,}", size, MAX_PICTURES)
     return document, ()
 
 
-class Watch:
-    """Knows what a worker is at: to time the steps, to end a process that hangs, and to tell what a dead one was at."""
+class _Overtime(BaseException):
+    """A record took too long. No `Exception`: whoever catches all that a decoder raises must not catch this."""
 
-    def __init__(self, file: Path, limit: float | None) -> None:
-        self._file, self._limit = file, limit
+
+class _Ending:
+    """Ends the process, wherever it hangs, and leaves a traceback."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = open(trace, "w")  # noqa: SIM115 - closed in `close`
+
+    def set(self, seconds: float) -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._trace)
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._trace.close()
+
+
+class _Alarm:
+    """Raises `_Overtime` where the process is, once Python has a chance to: a function in C must return first.
+
+    Only a main thread can be interrupted, and not where somebody else has set the alarm: elsewhere there is no limit.
+    """
+
+    def __init__(self, trace: Path) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        self._is_set = is_main and hasattr(signal, "SIGALRM") and not any(signal.getitimer(signal.ITIMER_REAL))
+        if self._is_set:
+            self._before = signal.signal(signal.SIGALRM, _interrupt)
+
+    def set(self, seconds: float) -> None:
+        if self._is_set:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def close(self) -> None:
+        if self._is_set:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise _Overtime
+
+
+class Watch:
+    """Knows what a worker is at: to time the steps, to stop one that hangs, and to tell what a dead one was at."""
+
+    def __init__(self, file: Path, limit: float, clock: type[_Ending | _Alarm]) -> None:
+        self._file, self._limit, self._make_clock = file, limit, clock
         self.seconds: dict[str, float] = {}
         """By step."""
         self.first = 0
@@ -205,26 +261,20 @@ class Watch:
         self.ordinal = None if place is None else self.first + place
         _ORDINAL.pack_into(self._map, 0, _NOBODY if self.ordinal is None else self.ordinal)
         # to set the clock takes a thread: done once a second, it costs nothing
-        if (
-            self._limit is not None
-            and self._trace is not None
-            and (number != self._number or now - self._armed > _SLACK)
-        ):
-            faulthandler.dump_traceback_later(self._limit * number + _SLACK, exit=True, file=self._trace)
+        if number != self._number or now - self._armed > _SLACK:
+            self._clock.set(self._limit * number + _SLACK)
             self._number, self._armed = number, now
 
     def __enter__(self) -> "Watch":
         self._file.write_bytes(_ORDINAL.pack(_NOBODY))
         with open(self._file, "r+b") as file:
             self._map = mmap.mmap(file.fileno(), _ORDINAL.size)
-        self._trace = open(_trace_of(self._file), "w") if self._limit is not None else None
+        self._clock = self._make_clock(_trace_of(self._file))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._clock.close()
         self._map.close()
-        if self._trace is not None:
-            faulthandler.cancel_dump_traceback_later()
-            self._trace.close()
         _remove(self._file)
 
 
@@ -241,7 +291,7 @@ def post_mortem(file: Path, cause: str) -> Failed:
     _remove(file)
     number = None if ordinal == _NOBODY else ordinal
     if details:
-        return Failed("timed_out", "it took longer than executor.record_seconds", details, number)
+        return Failed("timed_out", _TIMED_OUT, details, number)
     return Failed("died", f"the worker process died: {cause}", details, number)
 
 

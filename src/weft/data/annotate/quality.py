@@ -46,6 +46,9 @@ _STOP_WORDS = frozenset(_COMMON.split())
 class Verdict:
     is_good: bool
     why: str
+    value: float | None = None
+    """What a rule measured, where it is not good enough; or what a model said."""
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,28 +76,32 @@ class Quality:
         verdict = _VERDICT.fullmatch(text)
         if verdict is None:
             return unparsable(f"{text[:60]!r} is neither 0 nor 1")
-        return Verdict(verdict[1] == "1", f"the model says {verdict[1]}")
+        return Verdict(verdict[1] == "1", f"the model says {verdict[1]}", float(verdict[1]), 1.0)
 
     def rules(self, document: Document) -> Verdict:
         text = material_of(document).text
         problem = _problem(text)
-        return Verdict(problem is None, problem or "nothing is wrong with what can be counted")
+        return Verdict(True, "nothing is wrong with what can be counted") if problem is None else problem
 
 
-def _problem(text: str) -> str | None:
+def _problem(text: str) -> Verdict | None:
     found = [word.casefold() for word in words(text)]
     if len(found) < MIN_WORDS:
-        return f"{len(found)} words, fewer than {MIN_WORDS}"
+        return Verdict(False, f"{len(found)} words, fewer than {MIN_WORDS}", len(found), MIN_WORDS)
     solid = [letter for letter in text if not letter.isspace()]
     letters = sum(map(str.isalpha, solid)) / len(solid)
     if letters < MIN_LETTERS:
-        return f"letters are {letters:.2f} of it, less than {MIN_LETTERS}"
+        return Verdict(False, f"letters are {letters:.2f} of it, less than {MIN_LETTERS}", letters, MIN_LETTERS)
     runs = Counter(tuple(found[i : i + _RUN]) for i in range(len(found) - _RUN + 1))
     repeated = 1 - len(runs) / runs.total()
     if repeated > MAX_REPEATED:
-        return f"{repeated:.2f} of it was there before, more than {MAX_REPEATED}"
+        return Verdict(
+            False, f"{repeated:.2f} of it was there before, more than {MAX_REPEATED}", repeated, MAX_REPEATED
+        )
     english = sum(word in _STOP_WORDS for word in found) / len(found)
     # another writing has other stop words; so may another language, but hardly ever none of these
     if text.isascii() and english < MIN_STOP_WORDS:
-        return f"stop words are {english:.2f} of it, less than {MIN_STOP_WORDS}"
+        return Verdict(
+            False, f"stop words are {english:.2f} of it, less than {MIN_STOP_WORDS}", english, MIN_STOP_WORDS
+        )
     return None

@@ -3,10 +3,17 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from weft.data.filters.image_diversity import PRESETS, ImageDiversity, distances_of, values_of, worst_of
+from weft.data.filters.image_diversity import (
+    PRESETS,
+    ImageDiversity,
+    Metric,
+    distances_of,
+    pictures_of,
+    values_of,
+    worst_of,
+)
 from weft.document import Document
 from weft.errors import ImageError
-from weft.images import decode_image
 
 STEPS = 20
 
@@ -51,11 +58,16 @@ def calibrate(config: ImageDiversity, documents: Iterable[Document]) -> Calibrat
     for document in documents:
         images = list(document.images)
         try:
-            pictures = [decode_image(image.data or b"") for image in images]
+            pictures = pictures_of(images, config)
         except ImageError:
             continue
         if 2 <= len(images) <= config.max_images:
             measured.append(distances(pictures).tolist())
+    return calibration_of(config.metric, measured)
+
+
+def calibration_of(metric: Metric, measured: Sequence[Sequence[Sequence[float]]]) -> Calibration:
+    """The same of distances that are known: one square of them for each document."""
     found = [value for each in measured for value, _, _ in values_of(each, "distance")]
     top = max([1.0, *found])
     edges = tuple(top * i / STEPS for i in range(STEPS + 1))
@@ -64,7 +76,7 @@ def calibrate(config: ImageDiversity, documents: Iterable[Document]) -> Calibrat
         histogram[min(int(STEPS * value / top), STEPS - 1)] += 1
     kept = {name: tuple(_kept(measured, name, edge) for edge in edges) for name in PRESETS}
     own = {name: _kept(measured, name, _as_distance(PRESETS[name]["threshold"], name)) for name in PRESETS}
-    return Calibration(config.metric, len(measured), len(found), edges, tuple(histogram), kept, own)
+    return Calibration(metric, len(measured), len(found), edges, tuple(histogram), kept, own)
 
 
 def _as_distance(threshold: float, preset: str) -> float:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from weft.config import Config
 from weft.data.annotate.material import material_of, noted, source_of
-from weft.data.filters.removal import about, decoding, rejected, without
+from weft.data.filters.removal import Problem, about, decoding, rejected, without
 from weft.data.sentences import sentences
 from weft.data.stage import Outcome, Stage
 from weft.document import Document, Image, Part, Text
@@ -68,7 +68,7 @@ class Coherence(Config):
 
 
 def build(config: Coherence) -> Stage:
-    cosines = None if config.model is None else _cosines(config.model)
+    cosines = None if config.model is None else cosines_of(config.model)
 
     def stage(document: Document) -> Outcome:
         if source_of(document) in config.skip or not any(True for _ in document.images):
@@ -115,17 +115,20 @@ def beside(parts: Sequence[Part], place: int) -> list[str]:
 
 
 def _by_document(document: Document, scores: list[float], config: Coherence) -> Outcome:
-    value = _AGGREGATE[config.aggregate](scores)
+    value = aggregate_of(scores, config)
     if value < config.min_cosine:
-        return rejected("incoherent", f"{config.aggregate} of the cosines is {value:.4f}, below {config.min_cosine:g}")
+        message = f"{config.aggregate} of the cosines is {value:.4f}, below {config.min_cosine:g}"
+        return rejected("incoherent", message, value, config.min_cosine)
     return _noted(document, scores, config), ()
 
 
 def _by_image(document: Document, scores: list[float], config: Coherence) -> Outcome:
-    def problem(image: Image, number: int) -> tuple[str, str] | None:
-        if scores[number] >= config.min_cosine:
+    def problem(image: Image, number: int) -> Problem | None:
+        value = scores[number]
+        if value >= config.min_cosine:
             return None
-        return "incoherent_image", f"its cosine is {scores[number]:.4f}, below {config.min_cosine:g}"
+        message = f"its cosine is {value:.4f}, below {config.min_cosine:g}"
+        return Problem("incoherent_image", message, value, config.min_cosine)
 
     left, losses = without(document, problem, "image")
     assert left is not None
@@ -137,7 +140,12 @@ def _noted(document: Document, scores: list[float], config: Coherence) -> Docume
     return noted(document, coherence={"model": config.threshold_model, "cosines": cosines})
 
 
-def _cosines(folder: Path) -> Cosines:
+def aggregate_of(scores: Sequence[float], config: Coherence) -> float:
+    """What of a document's scores is compared with the threshold, as a cosine."""
+    return _AGGREGATE[config.aggregate](scores)
+
+
+def cosines_of(folder: Path) -> Cosines:
     from weft.scorers import CLIP
 
     model = CLIP(folder)

@@ -31,7 +31,7 @@ def build(config: Decode) -> Stage:
                 if problem is None:
                     parts.append(part)
                 elif isinstance(part, Image):
-                    losses.append(Loss("image", "image_damaged", problem, f"messages[{i}].content[{j}]", part.path))
+                    losses.append(Loss("image", problem.reason, problem.what, f"messages[{i}].content[{j}]", part.path))
             turns.append(Turn(turn.role, tuple(parts), turn.loss))
         if not losses:
             return document, ()
@@ -43,9 +43,9 @@ def build(config: Decode) -> Stage:
     return stage
 
 
-def _problem(image: Image, max_pixels: int) -> str | None:
+def _problem(image: Image, max_pixels: int) -> ImageError | None:
     try:
-        decode_image(image.data or b"", max_pixels=max_pixels)
+        decode_image(image.data or b"", max_pixels=max_pixels, least=1)
     except ImageError as error:
-        return error.what
+        return error
     return None

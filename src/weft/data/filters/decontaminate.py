@@ -79,18 +79,17 @@ def _looked_at(document: Document, listed: _Listed, max_bits: int) -> Outcome:
         look = _look(image.data or b"")
         bits = min((hamming(look, each) for each in listed.looks), default=None) if look is not None else None
         if bits is not None and bits <= max_bits:
-            return rejected(
-                "contaminated_look", f"{bits} bits from a picture on the list, at most {max_bits}", image=image.path
-            )
+            message = f"{bits} bits from a picture on the list, at most {max_bits}"
+            return rejected("contaminated_look", message, bits, max_bits, image=image.path)
     return document, ()
 
 
 def _look(data: bytes) -> int | None:
     """None for pictures that cannot be decoded, or that show too little to be told from others."""
-    from weft.scorers import difference_hash, tells_apart
+    from weft.scorers import HASHED, difference_hash, tells_apart
 
     try:
-        look = difference_hash(decode_image(data))
+        look = difference_hash(decode_image(data, least=HASHED))
     except ImageError:
         return None
     return look if tells_apart(look) else None

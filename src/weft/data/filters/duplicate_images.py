@@ -40,13 +40,13 @@ def _again(keys: Iterable[str]) -> tuple[int, int] | None:
 
 
 def _alike(document: Document, images: list[Image], max_bits: int) -> Outcome:
-    from weft.scorers import difference_hash, hamming, tells_apart
+    from weft.scorers import HASHED, difference_hash, hamming, tells_apart
 
-    hashes = [difference_hash(decode_image(image.data or b"")) for image in images]
+    hashes = [difference_hash(decode_image(image.data or b"", least=HASHED)) for image in images]
     for j, second in enumerate(hashes):
         for i, first in enumerate(hashes[:j]):
             bits = hamming(first, second)
             if bits <= max_bits and tells_apart(first) and tells_apart(second):
                 message = f"picture {j} differs from picture {i} in {bits} bits, at most {max_bits}"
-                return rejected("look_alike_image", message, image=images[j].path)
+                return rejected("look_alike_image", message, bits, max_bits, image=images[j].path)
     return document, ()

@@ -21,7 +21,7 @@ def build(config: EnoughImages) -> Stage:
     def stage(document: Document) -> Outcome:
         n = sum(1 for _ in document.images)
         if n < config.min:
-            return rejected("too_few_images", f"{n} pictures, fewer than {config.min}")
+            return rejected("too_few_images", f"{n} pictures, fewer than {config.min}", n, config.min)
         return document, ()
 
     return stage

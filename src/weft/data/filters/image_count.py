@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import NonNegativeInt
 
 from weft.config import Config
-from weft.data.stage import Loss, Outcome, Stage
+from weft.data.filters.removal import rejected
+from weft.data.stage import Outcome, Stage
 from weft.document import Document
 
 
@@ -21,9 +22,9 @@ def build(config: ImageCount) -> Stage:
     def stage(document: Document) -> Outcome:
         n = sum(1 for _ in document.images)
         if n < config.min:
-            return None, (Loss("record", "too_few_images", f"{n} pictures, fewer than {config.min}"),)
+            return rejected("too_few_images", f"{n} pictures, fewer than {config.min}", n, config.min)
         if config.max is not None and n > config.max:
-            return None, (Loss("record", "too_many_images", f"{n} pictures, more than {config.max}"),)
+            return rejected("too_many_images", f"{n} pictures, more than {config.max}", n, config.max)
         return document, ()
 
     return stage

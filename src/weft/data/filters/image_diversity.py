@@ -9,7 +9,7 @@ C does the opposite of what is meant; A is the default, because it changes the l
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from pydantic import PositiveInt
 from weft.config import Config
 from weft.data.filters.removal import decoding, rejected
 from weft.data.stage import Outcome, Stage
-from weft.document import Document
+from weft.document import Document, Image
 from weft.images import decode_image
 
 if TYPE_CHECKING:
@@ -120,10 +120,10 @@ def build(config: ImageDiversity) -> Stage:
         images = list(document.images)
         if len(images) > config.max_images:
             message = f"{len(images)} pictures, more than the {config.max_images} that are compared"
-            return rejected("too_many_to_compare", message)
+            return rejected("too_many_to_compare", message, len(images), config.max_images)
         if len(images) < 2:
             return document, ()
-        return _judge(document, distances([decode_image(image.data or b"") for image in images]).tolist(), config)
+        return _judge(document, distances(pictures_of(images, config)).tolist(), config)
 
     return decoding(stage)
 
@@ -149,7 +149,20 @@ def _judge(document: Document, distances: Sequence[Sequence[float]], config: Ima
         return document, ()
     message = f"pictures {i} and {j} have {config.metric} {config.space} {value:.4f}, {config.discard}"
     reason = "unlike_images" if config.is_inverted else "alike_images"
-    return rejected(reason, f"{message} {config.threshold:g}")
+    return rejected(reason, f"{message} {config.threshold:g}", value, config.threshold)
+
+
+def pictures_of(images: Iterable[Image], config: ImageDiversity) -> list["PILImage.Image"]:
+    """Decoded as far as the metric needs.
+
+    Raises:
+        ImageError: one cannot be decoded.
+    """
+    from weft.scorers import HASHED
+
+    sides = {"phash": HASHED, "lpips": config.lpips.side if config.lpips else None}
+    least = sides.get(config.metric)
+    return [decode_image(image.data or b"", least=least) for image in images]
 
 
 def distances_of(config: ImageDiversity) -> Distances:

@@ -39,10 +39,10 @@ def _problem(data: bytes, config: ImageLimits) -> Problem | None:
     try:
         picture = decode_image(data, max_pixels=config.max_pixels)
     except ImageError as error:
-        return "image_damaged", error.what
+        return Problem(error.reason, error.what)
     kind = media_type(data).removeprefix("image/")
     if kind not in config.formats:
-        return "image_format", f"{kind}, none of {', '.join(config.formats)}"
+        return Problem("image_format", f"{kind}, none of {', '.join(config.formats)}")
     return _shape(picture, config) or _blank(picture, config)
 
 
@@ -50,16 +50,18 @@ def _shape(picture: "PILImage.Image", config: ImageLimits) -> Problem | None:
     short, long = sorted(picture.size)
     size = f"{picture.size[0]} x {picture.size[1]} pixels"
     if short < config.min_side:
-        return "image_too_small", f"{size}, a side of less than {config.min_side}"
+        return Problem("image_too_small", f"{size}, a side of less than {config.min_side}", short, config.min_side)
     if long > config.max_side:
-        return "image_too_large", f"{size}, a side of more than {config.max_side}"
+        return Problem("image_too_large", f"{size}, a side of more than {config.max_side}", long, config.max_side)
     if long > config.max_aspect * short:
-        return "image_aspect", f"{size}, sides of {long / short:.2f} to 1, more than {config.max_aspect:g}"
+        message = f"{size}, sides of {long / short:.2f} to 1, more than {config.max_aspect:g}"
+        return Problem("image_aspect", message, long / short, config.max_aspect)
     return None
 
 
 def _blank(picture: "PILImage.Image", config: ImageLimits) -> Problem | None:
     ranges = [high - low for low, high in picture.getextrema()]  # type: ignore[misc]
     if max(ranges) < config.min_range:
-        return "image_blank", f"channels range over {max(ranges)} values, less than {config.min_range}"
+        message = f"channels range over {max(ranges)} values, less than {config.min_range}"
+        return Problem("image_blank", message, max(ranges), config.min_range)
     return None

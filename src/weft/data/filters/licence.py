@@ -47,4 +47,4 @@ def _problem(document: Document, image: Image, config: Licence) -> Problem | Non
     licence = known.get("licence", known.get("license"))
     if config.pictures is None or licence is None or str(licence) in config.pictures:
         return None
-    return "licence", f"licence {licence}, none of {', '.join(config.pictures)}"
+    return Problem("licence", f"licence {licence}, none of {', '.join(config.pictures)}")

@@ -1,7 +1,8 @@
 """Pictures taken out of a document one by one, or the whole document for the first of them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from weft.data.stage import Loss, Outcome, Stage
 from weft.document import Document, Image, Part, Turn
@@ -9,8 +10,13 @@ from weft.errors import ImageError
 
 Costs = Literal["record", "image"]
 
-Problem = tuple[str, str]
-"""Reason, and message with the value and the limit."""
+
+class Problem(NamedTuple):
+    reason: str
+    message: str
+    """With the value and the threshold, where there are such."""
+    value: float | None = None
+    threshold: float | None = None
 
 
 def without(document: Document, problem: Callable[[Image, int], Problem | None], costs: Costs) -> Outcome:
@@ -32,15 +38,25 @@ def without(document: Document, problem: Callable[[Image, int], Problem | None],
                 parts.append(part)
             else:
                 assert isinstance(part, Image)
-                losses.append(Loss("image", *found, f"messages[{i}].content[{j}]", part.path))
+                reason, message, value, threshold = found
+                at = f"messages[{i}].content[{j}]"
+                losses.append(Loss("image", reason, message, at, part.path, value, threshold))
                 if costs == "record":
-                    return rejected(*found, field=losses[0].field, image=part.path)
+                    return None, (replace(losses[0], what="record"),)
         turns.append(Turn(turn.role, tuple(parts), turn.loss))
     return (Document(tuple(turns), document.id, document.meta), tuple(losses)) if losses else (document, ())
 
 
-def rejected(reason: str, message: str, *, field: str | None = None, image: str | None = None) -> Outcome:
-    return None, (Loss("record", reason, message, field, image),)
+def rejected(
+    reason: str,
+    message: str,
+    value: float | None = None,
+    threshold: float | None = None,
+    *,
+    field: str | None = None,
+    image: str | None = None,
+) -> Outcome:
+    return None, (Loss("record", reason, message, field, image, value, threshold),)
 
 
 def decoding(stage: Stage) -> Stage:
@@ -50,7 +66,7 @@ def decoding(stage: Stage) -> Stage:
         try:
             return stage(document)
         except ImageError as error:
-            return rejected("image_damaged", error.what)
+            return rejected(error.reason, error.what)
 
     return guarded
 

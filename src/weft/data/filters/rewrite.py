@@ -54,7 +54,7 @@ def _take(document: Document, answer: Answer, config: Rewrite) -> Outcome:
         if total <= config.max_text_tokens:
             return noted(document, annotations={"rewrite": {**answer.provenance, "kept_original": texts.message}}), ()
         what = f"{total} tokens, more than {config.max_text_tokens}, and no rewrite: {texts.message}"
-        return rejected("rewrite_failed", what)
+        return rejected("rewrite_failed", what, total, config.max_text_tokens)
     problem = judge(list(texts), source_of(document), config.sentences)
     if problem is not None:
         return rejected(*problem)

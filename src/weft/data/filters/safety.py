@@ -34,7 +34,7 @@ def build(config: Safety) -> Stage:
             return rejected("flagged", f"flag {flagged[0]}")
         unsafe = _unsafe(document.meta, OF_PAGES, config.max_unsafe)
         if unsafe is not None:
-            return rejected("unsafe", unsafe)
+            return rejected("unsafe", *unsafe)
         return without(document, lambda image, _: _problem(document, image, config), config.on_unsafe_image)
 
     return stage
@@ -44,15 +44,16 @@ def _problem(document: Document, image: Image, config: Safety) -> Problem | None
     known = about(document, image)
     unsafe = _unsafe(known, OF_PICTURES, config.max_unsafe)
     if unsafe is not None:
-        return "unsafe_image", unsafe
+        return Problem("unsafe_image", *unsafe)
     if known.get("faces") and not config.faces:
-        return "faces", "the source found faces in it, faces: false"
+        return Problem("faces", "the source found faces in it, faces: false")
     return None
 
 
-def _unsafe(known: Any, names: tuple[str, ...], limit: float) -> str | None:
+def _unsafe(known: Any, names: tuple[str, ...], limit: float) -> tuple[str, float, float] | None:
+    """Message, score and limit."""
     scores = {name: known.get(name) for name in names}
     for name, score in scores.items():
         if isinstance(score, int | float) and score >= limit:
-            return f"{name} is {score:.3f}, not below {limit:g}"
+            return f"{name} is {score:.3f}, not below {limit:g}", float(score), limit
     return None

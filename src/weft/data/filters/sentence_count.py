@@ -6,7 +6,7 @@ from pydantic import NonNegativeInt
 
 from weft.config import Config
 from weft.data.annotate.material import material_of, source_of
-from weft.data.filters.removal import rejected
+from weft.data.filters.removal import Problem, rejected
 from weft.data.sentences import sentences
 from weft.data.stage import Outcome, Stage
 from weft.document import Document
@@ -26,13 +26,13 @@ def count_sentences(texts: list[str], source: str, config: SentenceCount) -> int
     return len(texts) if source in config.of_their_own else sum(len(sentences(text)) for text in texts)
 
 
-def judge(texts: list[str], source: str, config: SentenceCount) -> tuple[str, str] | None:
-    """Reason and message, where the number is not within the limits."""
+def judge(texts: list[str], source: str, config: SentenceCount) -> Problem | None:
+    """Why not, where the number is not within the limits."""
     n = count_sentences(texts, source, config)
     if n < config.min:
-        return "too_few_sentences", f"{n} sentences, fewer than {config.min}"
+        return Problem("too_few_sentences", f"{n} sentences, fewer than {config.min}", n, config.min)
     if config.max is not None and n > config.max:
-        return "too_many_sentences", f"{n} sentences, more than {config.max}"
+        return Problem("too_many_sentences", f"{n} sentences, more than {config.max}", n, config.max)
     return None
 
 

@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import NonNegativeInt
 
 from weft.config import Config
-from weft.data.stage import Loss, Outcome, Stage
+from weft.data.filters.removal import rejected
+from weft.data.stage import Outcome, Stage
 from weft.document import Document
 
 
@@ -21,9 +22,9 @@ def build(config: TextLength) -> Stage:
     def stage(document: Document) -> Outcome:
         n = sum(len(text.text) for text in document.texts)
         if n < config.min:
-            return None, (Loss("record", "too_little_text", f"{n} characters, fewer than {config.min}"),)
+            return rejected("too_little_text", f"{n} characters, fewer than {config.min}", n, config.min)
         if config.max is not None and n > config.max:
-            return None, (Loss("record", "too_much_text", f"{n} characters, more than {config.max}"),)
+            return rejected("too_much_text", f"{n} characters, more than {config.max}", n, config.max)
         return document, ()
 
     return stage

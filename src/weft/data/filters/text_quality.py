@@ -43,5 +43,5 @@ def _judge(document: Document, answer: Answer, config: TextQuality) -> Outcome:
             return rejected(verdict.reason, verdict.message)
         return noted(document, annotations={"quality": {**answer.provenance, "verdict": verdict.reason}}), ()
     if not verdict.is_good:
-        return rejected("text_quality", verdict.why)
+        return rejected("text_quality", verdict.why, verdict.value, verdict.threshold)
     return noted(document, annotations={"quality": answer.provenance}), ()

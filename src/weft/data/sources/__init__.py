@@ -10,6 +10,7 @@ from weft.data.sources import (
     chat_jsonl,
     comm,
     elements,
+    embedded,
     flintstones,
     folder,
     instruct_pix2pix,
@@ -40,6 +41,7 @@ SOURCES: dict[str, Source[Any]] = {
     "chat_jsonl": chat_jsonl.SOURCE,
     "comm": comm.SOURCE,
     "elements": elements.SOURCE,
+    "embedded": embedded.SOURCE,
     "flintstones": flintstones.SOURCE,
     "folder": folder.SOURCE,
     "instruct_pix2pix": instruct_pix2pix.SOURCE,
@@ -69,6 +71,7 @@ SourceConfig = Annotated[
     | chat_jsonl.ChatJsonl
     | comm.Comm
     | elements.Elements
+    | embedded.Embedded
     | flintstones.Flintstones
     | folder.Folder
     | instruct_pix2pix.InstructPix2Pix

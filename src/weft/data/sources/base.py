@@ -18,6 +18,11 @@ MAX_RECORD = 16 * 2**20
 """Bytes of one line, or of one Markdown, HTML or JSON file."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
+NOT_FETCHED = (
+    "a picture on the network that was not fetched: `weft data fetch SOURCE --out FOLDER` does, "
+    "and then the source needs `images: FOLDER/pictures`"
+)
+
 OnBadImage = Literal["record", "image"]
 
 
@@ -169,7 +174,7 @@ def parse_json(data: bytes) -> Any:
     """
     text = decode_utf8(data)
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twice)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise RecordError("broken_json", f"not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
@@ -199,6 +204,9 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_twice)
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
@@ -214,7 +222,7 @@ def load_picture(root: Path, relative: str, field: str | None = None) -> bytes |
     except PathError as error:
         return Loss("image", "image_path", error.what, field, relative)
     except ImageError as error:
-        return Loss("image", "image_missing", error.what, field, relative)
+        return Loss("image", error.reason, error.what, field, relative)
 
 
 def has_picture(root: Path, relative: str) -> bool:

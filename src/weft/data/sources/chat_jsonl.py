@@ -41,12 +41,13 @@ def plan(config: ChatJsonl) -> Plan:
 
 def read(config: ChatJsonl, unit: Unit) -> Iterator[Record]:
     root = root_of(config.path)
+    folder = root / Path(unit.file).parent
     for line, data in lines.items(root, unit):
         try:
             if isinstance(data, RecordError):
                 raise data
             document = parse_line(data, unit.file, line)
-            yield _with_pictures(document, root / Path(unit.file).parent, unit.file, line, config.on_bad_image)
+            yield _with_pictures(document, folder, unit.file, line, config.on_bad_image)
         except RecordError as error:
             yield rejected(unit.file, line, error)
 
@@ -64,10 +65,14 @@ def parse_line(data: bytes, file: str, line: int) -> Document:
     except DocumentError as error:
         named = re.match(r"field (\S+)", error.what)
         raise RecordError("bad_record", error.what, field=named and named[1]) from error
-    return Document(document.turns, document.id or f"{file}:{line}", document.meta)
+    return document if document.id else Document(document.turns, f"{file}:{line}", document.meta)
 
 
 def _with_pictures(document: Document, folder: Path, file: str, line: int, on_bad_image: OnBadImage) -> Record:
+    read = count(document)
+    if not read.images:
+        left, lost = settle(document, [], on_bad_image)
+        return Record(file, line, left, read, lost)
     turns, losses = [], []
     for i, turn in enumerate(document.turns):
         parts: list[Part] = []
@@ -81,7 +86,7 @@ def _with_pictures(document: Document, folder: Path, file: str, line: int, on_ba
             parts.append(part)
         turns.append(Turn(turn.role, tuple(parts), turn.loss))
     left, lost = settle(Document(tuple(turns), document.id, document.meta), losses, on_bad_image)
-    return Record(file, line, left, count(document), lost)
+    return Record(file, line, left, read, lost)
 
 
 SOURCE = Source(plan, read)

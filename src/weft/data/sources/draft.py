@@ -122,10 +122,14 @@ class Draft:
         return []
 
 
-def identity(source: str, native: str | None, value: Any) -> str:
-    """`source:native`, or a hash of the record where it has no name of its own."""
+def identity(source: str, native: str | None, value: Any, *, own: bool = False) -> str:
+    """`source:native`, or a hash of the record where it has no name of its own.
+
+    Args:
+        own: the native name is the identity as it is.
+    """
     if native:
-        return f"{source}:{clean(native)}"
+        return clean(native) if own else f"{source}:{clean(native)}"
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_digest)
     return f"{source}:{hashlib.sha256(canonical.encode()).hexdigest()[:24]}"
 

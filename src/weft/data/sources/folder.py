@@ -1,7 +1,7 @@
 """Markdown and HTML files with local pictures: how-tos, posts. The title becomes the instruction, the body the answer.
 
 A picture is looked for beside its file, inside the source's folder; then, if there is one, in the folder of pictures.
-Pictures on the network are never fetched: they are dropped and named in the ledger.
+Pictures on the network are not fetched here; those that `weft data fetch` put into that folder are found there.
 """
 
 import base64
@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from weft.config import Config
 from weft.data.sources.base import (
+    NOT_FETCHED,
     OnBadImage,
     Plan,
     Source,
@@ -27,6 +28,7 @@ from weft.data.sources.base import (
     select,
     settle,
 )
+from weft.data.sources.draft import probed, url_name
 from weft.data.sources.elements import INSTRUCTION
 from weft.data.sources.markup import Page, Picture, parse_html, parse_markdown
 from weft.data.stage import Count, Loss, Record, RecordError, rejected
@@ -104,7 +106,11 @@ def _load(picture: Picture, root: Path, folder: str, config: Folder) -> Image | 
     if source.startswith("data:"):
         return _inline(source)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:|//", source):
-        return Loss("image", "image_remote", "pictures on the network are not fetched", image=source)
+        fetched = None if config.images is None else probed(config.images, url_name(source))
+        if config.images is None or fetched is None:
+            return Loss("image", "image_remote", NOT_FETCHED, image=source)
+        data = load_picture(config.images, fetched)
+        return data if isinstance(data, Loss) else Image(data, fetched)
     try:
         path = unquote(urlsplit(source).path, errors="strict")
     except ValueError as error:

@@ -6,13 +6,12 @@ A row without a picture is a conversation in text alone.
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from weft.data.sources.base import FileSource
 from weft.data.sources.files import ARRAYS, LINES, Place, file_source
-from weft.data.sources.rules.conversations import conversation
+from weft.data.sources.rules.conversations import ConversationSource, conversation
 from weft.data.stage import Record
 
 
-class Llava(FileSource):
+class Llava(ConversationSource):
     """JSON or JSONL files; pictures are relative to `images`."""
 
     kind: Literal["llava"] = "llava"

@@ -6,13 +6,12 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from weft.data.sources.base import FileSource
 from weft.data.sources.files import ARRAYS, LINES, ROWS, Place, file_source
-from weft.data.sources.rules.conversations import conversation
+from weft.data.sources.rules.conversations import ConversationSource, conversation
 from weft.data.stage import Record
 
 
-class Mantis(FileSource):
+class Mantis(ConversationSource):
     """Files with pictures inside (Parquet), or relative to `images`."""
 
     kind: Literal["mantis"] = "mantis"

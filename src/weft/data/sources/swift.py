@@ -8,15 +8,14 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from weft.data.sources.base import FileSource
 from weft.data.sources.draft import Draft, identity
 from weft.data.sources.fields import Object, name, of_type, optional, required
 from weft.data.sources.files import ARRAYS, LINES, ROWS, Place, file_source
-from weft.data.sources.rules.conversations import Message, messages_of, pictures_of, turns
+from weft.data.sources.rules.conversations import ConversationSource, Message, messages_of, meta_of, pictures_of, turns
 from weft.data.stage import Record, RecordError
 
 
-class Swift(FileSource):
+class Swift(ConversationSource):
     """JSON, JSONL or Parquet files; pictures are relative to `images`."""
 
     kind: Literal["swift"] = "swift"
@@ -32,7 +31,8 @@ def _documents(config: Swift, value: Any, place: Place) -> Iterator[Record]:
     messages = [Message("system", system, "system"), *asked] if system else asked
     draft = Draft(config, place)
     native = name(record, "id") if record.get("id") is not None else None
-    yield draft.record(identity("swift", native, record), turns(draft, messages, pictures_of(record)), {})
+    said = turns(draft, messages, pictures_of(record))
+    yield draft.record(identity("swift", native, record, own=config.own_ids), said, meta_of(record))
 
 
 def _asked(record: Object) -> list[Message]:

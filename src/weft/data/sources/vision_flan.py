@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from weft.data.sources.base import FileSource
 from weft.data.sources.fields import of_type, required
 from weft.data.sources.files import ARRAYS, LINES, Place, file_source
-from weft.data.sources.rules.conversations import conversation
+from weft.data.sources.rules.conversations import ConversationSource, conversation
 from weft.data.stage import Record
 
 
-class VisionFlan(FileSource):
+class VisionFlan(ConversationSource):
     """JSON or JSONL files; pictures are relative to `images`. Every row has a picture."""
 
     kind: Literal["vision_flan"] = "vision_flan"

@@ -48,8 +48,6 @@ def _samples(archive: tarfile.TarFile, most: int) -> Iterator[Sample]:
     while (member := archive.next()) is not None:
         # all members seen so far are otherwise kept
         archive.members.clear()  # type: ignore[attr-defined]  # documented, not annotated
-        if archive.offset > most:
-            raise tarfile.ReadError("it holds far more than its size")
         if member.isdir():
             continue
         folder, slash, name = member.name.rpartition("/")
@@ -59,6 +57,8 @@ def _samples(archive: tarfile.TarFile, most: int) -> Iterator[Sample]:
             if sample is not None:
                 yield sample
             sample = Sample(key)
+        if archive.offset > most:  # behind what this member claims to hold
+            raise tarfile.ReadError("it holds far more than its size")
         sample.error = sample.error or _add(sample, archive, member, kind.lower())
     if sample is not None:
         yield sample

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weft.data.sources.base import FileSource
+from weft.data.sources.base import FileSource, parse_json
 from weft.data.sources.draft import Draft, identity
 from weft.data.sources.fields import Object, first_of, name, objects, of_type, optional, plain
 from weft.data.sources.files import Place
@@ -28,6 +28,13 @@ _ROLES: dict[str, Role] = {
 }
 
 
+class ConversationSource(FileSource):
+    """What sources of conversations can be told besides."""
+
+    own_ids: bool = False
+    """Names of records are ids of documents as they are; otherwise the source's name and a colon come before them."""
+
+
 @dataclass(frozen=True)
 class Message:
     role: Role
@@ -37,19 +44,31 @@ class Message:
 
 
 def conversation(
-    config: FileSource, value: Any, place: Place, source: str, *, kept: Sequence[str] = (), strict: bool = False
+    config: ConversationSource, value: Any, place: Place, source: str, *, kept: Sequence[str] = (), strict: bool = False
 ) -> Record:
     """The document of a record that holds one conversation and its pictures.
 
     Args:
-        kept: fields worth keeping in `meta`.
+        kept: fields worth keeping in `meta`, beside those of a field `meta`.
         strict: pictures without any mark are refused.
     """
     record = of_type(value, dict, "record")
     draft = Draft(config, place)
     said = turns(draft, messages_of(record), pictures_of(record), strict=strict)
     native = name(record, "id") if record.get("id") is not None else None
-    return draft.record(identity(source, native, record), said, plain(record, *kept))
+    meta = meta_of(record) | plain(record, *kept)
+    return draft.record(identity(source, native, record, own=config.own_ids), said, meta)
+
+
+def meta_of(record: Object) -> Object:
+    """The field `meta`, an object or the JSON of one; nothing where it is anything else."""
+    found = record.get("meta")
+    if isinstance(found, str):
+        try:
+            found = parse_json(found.encode())
+        except RecordError:
+            return {}
+    return found if isinstance(found, dict) else {}
 
 
 def messages_of(record: Object, keys: Sequence[str] = ("conversations", "conversation", "messages")) -> list[Message]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from weft.data.sources.base import FileSource
+from weft.data.sources.base import NOT_FETCHED, FileSource
 from weft.data.sources.draft import Draft, identity, probed, url_name
 from weft.data.sources.fields import Object, of_type, plain, required, same_length
 from weft.data.sources.files import Place
@@ -74,5 +74,5 @@ def remote_image(draft: Draft, url: str, field: str, about: Object) -> list[Part
         return draft.lost_image("image_invalid", "the record says that it is not to be used", field, url)
     name = probed(draft.folder, url_name(url))
     if name is None:
-        return draft.lost_image("image_remote", "not among the pictures that were fetched", field, url)
+        return draft.lost_image("image_remote", NOT_FETCHED, field, url)
     return draft.image(name, field, about={"url": url, **plain(about, *about)})
