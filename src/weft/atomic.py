@@ -98,10 +98,10 @@ def clean_leftovers(folder: Path, name: str | None = None) -> None:
     A folder whose writer was killed after it had moved the old one aside, and before the new one took its place, is put
     back.
     """
-    for leftover in sorted(folder.iterdir()):
+    for leftover in sorted(folder.glob(".*")):
         of, _, kind = leftover.name.rpartition(".")
         of = of.rpartition(".")[0].removeprefix(".")
-        if not leftover.name.startswith(".") or kind not in ("part", "old") or name not in (None, of):
+        if kind not in ("part", "old") or name not in (None, of):
             continue
         if kind == "old" and (leftover / _CONTENT).is_dir() and not (folder / of).exists():
             os.replace(leftover / _CONTENT, folder / of)

@@ -274,7 +274,7 @@ def test_it_learns(adapted):
         return objective(batch)
 
     first = losses().detach()
-    for _ in range(40):
+    for _ in range(20 if adapted.kind == "diffusion" else 40):
         optimizer.zero_grad()
         losses().sum().backward()
         optimizer.step()
@@ -297,7 +297,8 @@ PROMPTS = [
 
 
 def test_answers_are_well_formed_and_rows_do_not_disturb_each_other(adapted):
-    pairs = [(prompt, config) for config in CONFIGS for prompt in PROMPTS]
+    # every setting and every prompt, more than there are slots
+    pairs = [(PROMPTS[i % len(PROMPTS)], CONFIGS[i % len(CONFIGS)]) for i in range(6)]
     alone = [generate(adapted, [prompt], config, slots=4)[0] for prompt, config in pairs]
     engine = Engine(adapted, slots=4)
     events = {engine.submit(prompt, config): [] for prompt, config in pairs}

@@ -74,7 +74,7 @@ def answers(backbone, capture, recorder=None):
     return [collect(events[request]) for request in asked]
 
 
-@pytest.mark.parametrize("adapter", ["none", "moss"])
+@pytest.mark.parametrize("adapter", [pytest.param("none", marks=pytest.mark.slow), "moss"])
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_are_those_of_the_other_steps_and_no_tensor_moves(name, adapter):
     backbone = model(name, adapter)
