@@ -4,8 +4,10 @@ Sums of fewer than 100 products of numbers near 1 are exact to about 1e-14 in fl
 """
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from weft.errors import UsageError
 from weft.ops.deform_attn import IMPLS, deform_attn
 from weft.ops.deform_attn.reference import Shapes
 
+VECTOR = Path(__file__).parents[3] / "shared" / "data" / "eval" / "ms_deform_attn" / "small.npz"
 FORMS = ("reference", "bags", "rows")
 each_form = pytest.mark.parametrize("form", FORMS)
 
@@ -109,6 +112,25 @@ def test_every_form_is_the_sum_over_samples_and_so_are_its_gradients(form, size,
         return
     for name, a, b in zip(names, *gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@each_form
+@pytest.mark.skipif(not VECTOR.is_file(), reason="../shared/data/eval/ms_deform_attn is not there")
+def test_the_published_core_gives_the_same_for_one_picture(form):
+    stored = {name: torch.from_numpy(array) for name, array in np.load(VECTOR).items()}
+    shapes = tuple((int(rows), int(cols)) for rows, cols in stored["spatial_shapes"])
+    # one picture each: an axis of length 1 where ours counts pictures
+    value = stored["value"].unsqueeze(1).requires_grad_()
+    points, weights = (
+        stored[name].unsqueeze(3).requires_grad_() for name in ("sampling_locations", "attention_weights")
+    )
+    out = deform_attn(value, shapes, points, weights, impl=form).flatten(2)
+    torch.testing.assert_close(out, stored["output"], rtol=0, atol=1e-10)
+    gradients = torch.autograd.grad(out, (value, points, weights), stored["grad_output"])
+    for found, name in zip(gradients, ("value", "sampling_locations", "attention_weights"), strict=True):
+        torch.testing.assert_close(
+            found.squeeze(1 if name == "value" else 3), stored[f"grad_{name}"], rtol=0, atol=1e-10
+        )
 
 
 @each_form

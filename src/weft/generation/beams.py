@@ -62,7 +62,7 @@ def beam_search(backbone: Backbone, document: Document, config: BeamConfig = Bea
     """
     prompt = encode_document(backbone, document, answer=True)
     check_fits(prompt, backbone.context_length, reserve=config.max_tokens)
-    rows = _Rows(backbone, prompt, config.beams)
+    rows = Rows(backbone, prompt, config.beams)
     stops = _stops(backbone.tokens)
     forbidden = [i for i in backbone.tokens if i not in stops]
     running = [_Beam((), 0.0)]
@@ -134,7 +134,7 @@ def _hypothesis(backbone: Backbone, score: float, beam: _Beam, stops: dict[int, 
     return Hypothesis(backbone.detokenize(ids), ids, score, ended)
 
 
-class _Rows:
+class Rows:
     """The beams' caches: one prompt, read once, and what each beam has after it."""
 
     def __init__(self, backbone: Backbone, prompt: TokenSequence, beams: int) -> None:

@@ -130,8 +130,7 @@ def identity(source: str, native: str | None, value: Any, *, own: bool = False) 
     """
     if native:
         return clean(native) if own else f"{source}:{clean(native)}"
-    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_digest)
-    return f"{source}:{hashlib.sha256(canonical.encode()).hexdigest()[:24]}"
+    return f"{source}:{hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()[:24]}"
 
 
 def coin(*names: str | int) -> bool:
@@ -184,3 +183,6 @@ def probed(folder: Path, path: str) -> str | None:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=_digest)

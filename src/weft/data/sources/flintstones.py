@@ -14,7 +14,7 @@ from weft.data.sources.rules.frames import FOLLOWING, plan_frames, story, table
 from weft.data.stage import Record
 
 _CAPTIONS = "flintstones_annotations_v1-0.json"
-_NAMES = "fred|barney|wilma|betty|pebbles|dino|slate"
+NAMES = "fred|barney|wilma|betty|pebbles|dino|slate"
 
 
 class Flintstones(FileSource):
@@ -29,7 +29,7 @@ def plan(config: Flintstones) -> Plan:
 
 
 def _documents(config: Flintstones, value: Any, place: Place) -> Iterator[Record]:
-    yield story(config, value, place, "flintstones", table(place.root / _CAPTIONS), _NAMES)
+    yield story(config, value, place, "flintstones", table(place.root / _CAPTIONS), NAMES)
 
 
 SOURCE = Source(plan, file_source("flintstones", _documents, ARRAYS, inside="").read)

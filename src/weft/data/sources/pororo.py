@@ -14,7 +14,7 @@ from weft.data.sources.rules.frames import FOLLOWING, plan_frames, story, table
 from weft.data.stage import Record
 
 _CAPTIONS = "descriptions.json"
-_NAMES = "pororo|loopy|eddy|harry|poby|tongtong|crong|rody|petty"
+NAMES = "pororo|loopy|eddy|harry|poby|tongtong|crong|rody|petty"
 
 
 class Pororo(FileSource):
@@ -29,7 +29,7 @@ def plan(config: Pororo) -> Plan:
 
 
 def _documents(config: Pororo, value: Any, place: Place) -> Iterator[Record]:
-    yield story(config, value, place, "pororo", table(place.root / _CAPTIONS), _NAMES)
+    yield story(config, value, place, "pororo", table(place.root / _CAPTIONS), NAMES)
 
 
 SOURCE = Source(plan, file_source("pororo", _documents, ARRAYS, inside="").read)

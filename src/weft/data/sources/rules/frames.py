@@ -58,7 +58,7 @@ def story(config: FileSource, value: Any, place: Place, kind: str, captions: dic
     for frame in frames:
         if frame not in captions:
             raise RecordError("missing_key", f"frame {frame} has no caption", field=frame)
-        parts += draft.text(_told(captions[frame], names), frame)
+        parts += draft.text(told(captions[frame], names), frame)
         parts += _frame(draft, frame)
     return draft.record(identity(kind, first, None), [assistant(*parts)], {})
 
@@ -81,7 +81,7 @@ def _entries(file: Path, inside: str) -> Iterator[tuple[str, Any]]:
             yield from value.items()
 
 
-def _told(caption: Any, names: str) -> str:
+def told(caption: Any, names: str) -> str:
     """In lower case but for the names, on one line; of several captions the first."""
     if isinstance(caption, list):
         caption = caption[0] if caption else None

@@ -1,0 +1,333 @@
+"""Generated pictures against real ones, texts and labels: networks that the user has, and what `metrics/` computes.
+
+A picture that is missing gets the worst value by rule, which is counted; in a distance between sets it is left out.
+"""
+
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from weft.evaluation.metric import Answered, Context, LacksWeights, Measured, Metric, Sums
+from weft.evaluation.records import Record, Status
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+    Pair = tuple[PILImage.Image, PILImage.Image]
+
+FID_VARIANTS = ("pytorch-fid", "clean", "clean-legacy-tf", "torchmetrics-1.9", "64")
+
+
+def pairs(answer: Answered) -> "list[Pair]":
+    """Generated pictures with the real ones, in order; `take: last` pairs the last ones."""
+    paths: Sequence[str] = answer.sample.reference["images"]
+    pictures = answer.pictures()
+    if answer.sample.reference.get("take") == "last":
+        pictures = pictures[-len(paths) :]
+    return [(made, answer.reference_picture(path)) for made, path in zip(pictures, paths, strict=False)]
+
+
+Score = Callable[["list[Pair]", Answered, Context], dict[str, float]]
+
+
+def _against_real(score: Score, worst: dict[str, float]) -> Any:
+    """Values of an answer's pairs, each the mean over the pictures asked for."""
+
+    def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+        for answer in answers:
+            found = pairs(answer)
+            wanted = len(answer.sample.reference["images"])
+            known = score(found, answer, context) if found else dict.fromkeys(worst, 0.0)
+            share = len(found) / wanted
+            values = {name: known[name] * share + worst[name] * (1 - share) for name in worst if name in known}
+            status: dict[str, Status] = {} if len(found) == wanted else dict.fromkeys(values, "by_rule")
+            yield Measured(answer.id, values, "", status)
+
+    return measure
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _clip(context: Context, name: str) -> Any:
+    from weft.scorers import CLIP
+
+    return context.network(name, CLIP)
+
+
+def _clip_i(weights: str) -> Score:
+    def score(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
+        from weft.evaluation.metrics.similarity import clip_i
+
+        ours, real = map(list, zip(*found, strict=True))
+        return {"cosine": clip_i(ours, real, _clip(context, weights)).value}
+
+    return score
+
+
+def _dino(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
+    from weft.evaluation.metrics.similarity import DinoV1, dino
+
+    ours, real = map(list, zip(*found, strict=True))
+    return {"cosine": dino(ours, real, context.network("dino", DinoV1)).value}
+
+
+def _clip_t(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
+    """Also of the real picture, which is the oracle."""
+    ours, real = map(list, zip(*found, strict=True))
+    caption = answer.sample.reference.get("caption")
+    if not caption:
+        raise LacksWeights(f"sample {answer.id} has no caption")
+    cosines = _clip(context, "clip_b32").cosines([*ours, *real], [caption])[:, 0].tolist()
+    return {"cosine": _mean(cosines[: len(ours)]), "oracle": _mean(cosines[len(ours) :])}
+
+
+def _clip_score(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+    from weft.evaluation.metrics.similarity import PREFIX
+    from weft.scorers import clip_score
+
+    for answer in answers:
+        pictures = answer.pictures()
+        if not pictures:
+            yield Measured(answer.id, {"clip_score": 0.0}, status={"clip_score": "by_rule"})
+            continue
+        text = PREFIX + answer.sample.reference["caption"]
+        cosine = _clip(context, "clip_b32").cosines(pictures[:1], [text]).double()
+        yield Measured(answer.id, {"clip_score": float(clip_score(cosine)[0, 0])})
+
+
+def _l1l2(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
+    from weft.evaluation.metrics.edits import l1, l2
+
+    ours, real = map(list, zip(*found, strict=True))
+    return {"l1": l1(ours, real).value, "l2": l2(ours, real).value}
+
+
+def _ssim(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
+    from weft.evaluation.metrics.edits import psnr, ssim
+
+    ours, real = map(list, zip(*found, strict=True))
+    # equal pictures have no finite ratio; 100 dB is what no other pair of 8-bit pictures reaches
+    ratio = _mean([min(each, 100.0) for each in psnr(ours, real).per_sample])
+    return {"psnr": ratio, "ssim": ssim(ours, real, channels="rgb").value}
+
+
+def _lpips(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
+    from weft.evaluation.metrics.edits import lpips
+    from weft.scorers import LPIPS
+
+    linear = context.file("lpips_linear")
+    model = context.network("lpips", lambda file: LPIPS().load(file, linear))
+    ours, real = map(list, zip(*found, strict=True))
+    return {"lpips": lpips(ours, real, model).value}
+
+
+# --- distances between sets ---
+
+
+def _features(variant: str) -> Any:
+    """Features of made and real pictures, kept in the records: the distance is made of those alone."""
+
+    def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+        from weft.evaluation.metrics.fid import features_of
+        from weft.evaluation.metrics.inception import load_inception
+
+        network = context.network("inception", load_inception)
+        for answer in answers:
+            found = pairs(answer)
+            wanted = len(answer.sample.reference["images"])
+            extra = {
+                side: [_packed(row) for row in features_of(pictures, network, variant=variant, batch=context.batch)]
+                for side, pictures in (("made", [a for a, _ in found]), ("real", [b for _, b in found]))
+                if pictures
+            }
+            yield Measured(answer.id, {"pictures": float(len(found)), "asked": float(wanted)}, extra=extra)
+
+    return measure
+
+
+def _packed(row: Any) -> str:
+    return base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()
+
+
+def _unpacked(records: Sequence[Record], side: str) -> Any:
+    import numpy as np
+    import torch
+
+    rows = [np.frombuffer(base64.b64decode(row), "<f4") for record in records for row in record.extra.get(side, ())]
+    return torch.from_numpy(np.stack(rows).copy()) if rows else torch.zeros(0, 0)
+
+
+def _fid(variant: str) -> Any:
+    def aggregate(records: Sequence[Record]) -> dict[str, float]:
+        from weft.evaluation.metrics.fid import frechet_distance, statistics
+
+        made, real = _unpacked(records, "made"), _unpacked(records, "real")
+        if min(len(made), len(real)) < 2:
+            return {}
+        ours, theirs = (statistics(each, variant=variant) for each in (made, real))
+        return {"fid": frechet_distance(ours, theirs), "singular": float(ours.is_singular or theirs.is_singular)}
+
+    return aggregate
+
+
+def _kid(records: Sequence[Record]) -> dict[str, float]:
+    from weft.evaluation.metrics.fid import kernel_distance
+
+    made, real = _unpacked(records, "made"), _unpacked(records, "real")
+    if min(len(made), len(real)) < 2:
+        return {}
+    return {"kid": kernel_distance(made, real).value}
+
+
+# --- detections and labels from files ---
+
+
+def _geneval(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+    from weft.evaluation.journal import EvaluationError
+    from weft.evaluation.metrics.geneval import read_detections, read_wanted, verdict
+
+    found = context.network("detections", _read_detections)
+    for answer in answers:
+        wanted = read_wanted(answer.sample.reference["wanted"])
+        if not answer.prediction.images:
+            yield Measured(answer.id, {"correct": 0.0}, "no picture", {"correct": "by_rule"}, {"tag": wanted.tag})
+            continue
+        if answer.id not in found:
+            raise EvaluationError(
+                f"picture {answer.id} has no detections",
+                where=str(context.file("detections")),
+                fix="detect objects in every picture",
+            )
+        made = verdict(read_detections(found[answer.id]), wanted)
+        yield Measured(answer.id, {"correct": float(made.right)}, "; ".join(made.reasons), extra={"tag": wanted.tag})
+
+
+def _read_detections(file: Any) -> dict[str, Any]:
+    from weft.evaluation.journal import Journal
+
+    return {str(line["id"]): line["detections"] for line in Journal(file).read()}
+
+
+def geneval(records: Sequence[Record]) -> dict[str, float]:
+    """Share of right pictures by tag, and the mean of those shares, which is the score."""
+    tags: dict[str, list[float]] = {}
+    for record in records:
+        tags.setdefault(record.extra["tag"], []).append(record.values["correct"] or 0.0)
+    found = {tag: _mean(values) for tag, values in tags.items()}
+    return {"overall": _mean(list(found.values())), **found}
+
+
+def _miou(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+    import io
+
+    import numpy as np
+    from PIL import Image as PILImage
+
+    from weft.evaluation.metrics.segmentation import areas
+
+    folder = context.file("labels")
+    for answer in answers:
+        # labels are indices: they must not pass the door that makes everything RGB
+        with PILImage.open(io.BytesIO(answer.place.picture(answer.sample.reference["labels"]))) as labels:
+            wanted = np.asarray(labels)
+        file = folder / f"{answer.id}.png"
+        if not answer.prediction.images or not file.is_file():
+            if answer.prediction.images:
+                raise LacksWeights(f"weights.labels has no {file.name}: segment every generated picture")
+            predicted = np.full(wanted.shape, 0)
+            # nothing was made: no pixel is right, and no class gains by it
+            counts = areas(predicted, wanted)
+            counts = type(counts)((0,) * len(counts.shared), (0,) * len(counts.shared), counts.labelled)
+            status: dict[str, Status] = {"accuracy": "by_rule"}
+        else:
+            with PILImage.open(file) as found:
+                counts, status = areas(np.asarray(found), wanted), {}
+        extra = {"shared": list(counts.shared), "predicted": list(counts.predicted), "labelled": list(counts.labelled)}
+        yield Measured(answer.id, {"accuracy": counts.accuracy}, "", status, extra)
+
+
+def _areas(record: Record) -> list[float]:
+    return [*record.extra["shared"], *record.extra["predicted"], *record.extra["labelled"]]
+
+
+def _miou_of(sums: Sequence[float]) -> dict[str, float]:
+    from weft.evaluation.metrics.segmentation import Areas, miou
+
+    n = len(sums) // 3
+    counts = [tuple(round(each) for each in sums[i * n : (i + 1) * n]) for i in range(3)]
+    found = miou([Areas(*counts)])
+    return {"miou": found.value, "miou_occurring": found.occurring, "pixel_accuracy": found.accuracy}
+
+
+def _fids() -> dict[str, Metric]:
+    found = {
+        f"fid/{variant}": Metric(
+            f"Frechet distance of Inception features, pictures by way of {variant}",
+            _features(variant),
+            _fid(variant),
+            intervals=False,
+            lower_is_better=True,
+            needs=("inception",),
+        )
+        for variant in FID_VARIANTS
+    }
+    kid = Metric(
+        "kernel distance of Inception features, 100 subsets",
+        _features("pytorch-fid"),
+        _kid,
+        intervals=False,
+        lower_is_better=True,
+        digits=4,
+        needs=("inception",),
+    )
+    return {**found, "kid/pytorch-fid": kid}
+
+
+def _cosine(about: str, score: Score, needs: str, names: Sequence[str] = ("cosine",)) -> Metric:
+    measure = _against_real(score, dict.fromkeys(names, 0.0))
+    return Metric(about, measure, scale=100.0, needs=(needs,))
+
+
+METRICS = {
+    "clip-i/b32": _cosine("cosine of CLIP ViT-B/32 features, made and real", _clip_i("clip_b32"), "clip_b32"),
+    "clip-i/l14": _cosine("cosine of CLIP ViT-L/14 features, made and real", _clip_i("clip_l14"), "clip_l14"),
+    "clip-t/b32": _cosine(
+        "cosine of CLIP ViT-B/32, picture and caption; the real picture's as oracle",
+        _clip_t,
+        "clip_b32",
+        ("cosine", "oracle"),
+    ),
+    "dino/s16": _cosine("cosine of DINO v1 ViT-S/16 features, made and real", _dino, "dino"),
+    "clip-score/b32": Metric("CLIPScore", _clip_score, digits=4, needs=("clip_b32",)),
+    "edits/l1l2": Metric(
+        "mean absolute and mean squared difference, colours 0 to 1",
+        _against_real(_l1l2, {"l1": 1.0, "l2": 1.0}),
+        digits=4,
+        lower_is_better=True,
+    ),
+    "edits/psnr-ssim": Metric("decibels; likeness of RGB", _against_real(_ssim, {"psnr": 0.0, "ssim": 0.0}), digits=4),
+    "lpips/alex": Metric(
+        "LPIPS",
+        _against_real(_lpips, {"lpips": 1.0}),
+        digits=4,
+        lower_is_better=True,
+        needs=("lpips", "lpips_linear"),
+    ),
+    **_fids(),
+    "geneval/mask2former": Metric(
+        "objects found as the prompt names them; mean of the tags",
+        _geneval,
+        geneval,
+        scale=100.0,
+        needs=("detections",),
+    ),
+    "miou/ade20k": Metric(
+        "mean IoU over 150 classes, those that never occur as 0",
+        _miou,
+        Sums(_areas, _miou_of),
+        digits=4,
+        needs=("labels",),
+    ),
+}

@@ -1,0 +1,281 @@
+"""Captions, short answers, choices, boxes and rankings: what `metrics/` says of a text, one answer at a time."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from weft.errors import UsageError
+from weft.evaluation.metric import Answered, Context, Measured, Metric, Sums, each
+from weft.evaluation.metrics import captions, choices, dialogue, grounding, vqa, yes_no
+from weft.evaluation.metrics.captions import Overlap
+from weft.evaluation.records import Record
+
+# --- captions ---
+
+
+def _captions(
+    score: Callable[[Sequence[str], Sequence[Sequence[str]]], Any], name: str, cut: Callable[[str], str]
+) -> Any:
+    def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+        said = [tokenise(cut(answer.text)) for answer in answers]
+        wanted = [list(map(tokenise, answer.sample.reference["captions"])) for answer in answers]
+        for answer, value, text in zip(answers, score(said, wanted).per_sample, said, strict=True):
+            yield Measured(answer.id, {name: value}, text)
+
+    return measure
+
+
+@functools.lru_cache(maxsize=2**18)
+def tokenise(text: str) -> str:
+    """Remembered: three metrics read the same captions, and this is most of what they cost."""
+    return captions.TOKENIZERS["ptb"](text)
+
+
+def _whole(text: str) -> str:
+    return text
+
+
+def _first_sentence(text: str) -> str:
+    """Up to the first full stop, as MM-Interleaved scores COCO."""
+    return text.split(".")[0]
+
+
+def _bleu(answer: Answered, context: Context) -> Measured:
+    said, wanted = tokenise(answer.text), list(map(tokenise, answer.sample.reference["captions"]))
+    counts = Overlap.of(said, wanted)
+    values = {f"bleu_{n}": value for n, value in enumerate(counts.bleu(), 1)}
+    return Measured(answer.id, values, said, extra={"counts": _counts(counts)})
+
+
+def _counts(overlap: Overlap) -> list[int]:
+    return [*overlap.found, overlap.words, overlap.wanted, *overlap.offered]
+
+
+def _bleu_of(sums: Sequence[float]) -> dict[str, float]:
+    n = captions.LONGEST
+    counts = [round(each) for each in sums]
+    corpus = Overlap(counts[:n], counts[n], counts[n + 1], counts[n + 2 :]).bleu()
+    return {f"bleu_{i}": value for i, value in enumerate(corpus, 1)}
+
+
+CORPUS_BLEU = Sums(lambda record: record.extra["counts"], _bleu_of)
+
+# --- short answers ---
+
+
+def _vqa(score: Callable[[str, Mapping[str, Any]], float], extraction: vqa.Extraction) -> Any:
+    def measure(answer: Answered, context: Context) -> Measured:
+        said = vqa.extract_answer(answer.text, extraction)
+        return Measured(answer.id, {"accuracy": score(said, answer.sample.reference)}, said)
+
+    return each(measure)
+
+
+def _v2(said: str, reference: Mapping[str, Any]) -> float:
+    return vqa.vqa_accuracy([said], [reference["answers"]]).value
+
+
+def _vizwiz(said: str, reference: Mapping[str, Any]) -> float:
+    return vqa.vizwiz_accuracy([said], [reference["answers"]]).value
+
+
+def _gqa(said: str, reference: Mapping[str, Any]) -> float:
+    return vqa.gqa_accuracy([said], [reference["answer"]]).value
+
+
+# --- rankings and boxes ---
+
+
+def _scores(answer: Answered) -> Sequence[float]:
+    found = answer.prediction.scores
+    wanted = len(answer.sample.options)
+    if found is None or len(found) != wanted:
+        raise UsageError(
+            f"the prediction of {answer.id} has {len(found or ())} scores, not {wanted}",
+            where="predictions.jsonl",
+            fix='give "scores": one number for each option, in order',
+        )
+    return found
+
+
+def _ndcg(answer: Answered, context: Context) -> Measured:
+    relevance = answer.sample.reference["relevance"]
+    if not any(relevance):
+        return Measured(answer.id, {"ndcg": None}, status={"ndcg": "not_applicable"})
+    return Measured(answer.id, {"ndcg": dialogue.ndcg([_scores(answer)], [relevance]).value})
+
+
+def _sparse(answer: Answered, context: Context) -> Measured:
+    found = dialogue.sparse_ranks([_scores(answer)], [answer.sample.reference["given"]])
+    values = {
+        "r@1": found.r_at_1,
+        "r@5": found.r_at_5,
+        "r@10": found.r_at_10,
+        "mean_rank": found.mean,
+        "mrr": found.mrr,
+    }
+    return Measured(answer.id, {name: score.value for name, score in values.items()})
+
+
+def _box(grammar: str) -> Any:
+    def measure(answer: Answered, context: Context) -> Measured:
+        grid, size = answer.sample.reference["box"], answer.sample.reference["size"]
+        scale = (grounding.GRAMMARS[grammar].grid or grounding.GRID) / grounding.GRID
+        box = [edge * scale for edge in grid]
+        found = grounding.grounding_accuracy([answer.text], [tuple(box)], [tuple(size)], grammar=grammar)
+        # without a box the answer is wrong, not left out: it stays in the mean and is counted
+        status = {"accuracy": "default"} if found.boxes[0] is None else {}
+        values = {"accuracy": found.accuracy.value, "iou": found.iou.value}
+        return Measured(answer.id, values, str(found.boxes[0] or ""), status)  # type: ignore[arg-type]
+
+    return each(measure)
+
+
+# --- yes or no ---
+
+
+def _pope(answer: Answered, context: Context) -> Measured:
+    found = yes_no.pope([answer.text], [answer.sample.reference["label"]])
+    counts = [found.true_yes, found.false_yes, found.true_no, found.false_no]
+    split = answer.sample.facets["split"]
+    values = {"accuracy": found.accuracy.value}
+    return Measured(answer.id, values, yes_no.read_pope(answer.text), extra={"counts": counts, "split": split})
+
+
+def _pope_columns(record: Record) -> list[float]:
+    at = 4 * yes_no.POPE_SPLITS.index(record.extra["split"])
+    found = [0.0] * (4 * len(yes_no.POPE_SPLITS))
+    found[at : at + 4] = record.extra["counts"]
+    return found
+
+
+def _pope_of(sums: Sequence[float]) -> dict[str, float]:
+    """Each split's figures under its own name, and their means over the splits that there are."""
+    found: dict[str, float] = {}
+    figures: dict[str, list[float]] = {}
+    for i, split in enumerate(yes_no.POPE_SPLITS):
+        tp, fp, tn, fn = sums[4 * i : 4 * i + 4]
+        n = tp + fp + tn + fn
+        if not n:
+            continue
+        precision, recall = tp / (tp + fp) if tp + fp else 0.0, tp / (tp + fn) if tp + fn else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        values = {
+            "accuracy": (tp + tn) / n,
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "yes_ratio": (tp + fp) / n,
+        }
+        for name, value in values.items():
+            figures.setdefault(name, []).append(value)
+            found[f"{split}_{name}"] = value
+    mean = {name: math.fsum(values) / len(values) for name, values in figures.items()}
+    return {**mean, **found} if len(figures.get("accuracy", ())) > 1 else mean
+
+
+def _mme(answer: Answered, context: Context) -> Measured:
+    reference = answer.sample.reference
+    said = yes_no.read_mme(answer.text)
+    status = {"accuracy": "default"} if said == "other" else {}
+    values = {"accuracy": float(said == reference["answer"])}
+    return Measured(answer.id, values, said, status, {"task": reference["task"]})  # type: ignore[arg-type]
+
+
+def mme(records: Sequence[Record]) -> dict[str, float]:
+    """Each task's score, and the sums of those of a group that is whole. A picture counts where both are right."""
+    pictures: dict[str, dict[str | None, list[float]]] = {}
+    for record in records:
+        hits = pictures.setdefault(record.extra["task"], {}).setdefault(record.unit, [])
+        hits.append(record.values["accuracy"] or 0.0)
+    found = {}
+    for task, of_task in pictures.items():
+        hits = [hit for pair in of_task.values() for hit in pair]
+        both = [min(pair) for pair in of_task.values()]
+        found[task] = 100 * math.fsum(hits) / len(hits) + 100 * math.fsum(both) / len(both)
+    sums = {}
+    for name, tasks in (("perception", yes_no.PERCEPTION), ("cognition", yes_no.COGNITION)):
+        if set(tasks) <= set(found):
+            sums[name] = math.fsum(found[task] for task in tasks)
+    return {**sums, **found}
+
+
+# --- choices ---
+
+
+def _circular(answer: Answered, context: Context) -> Measured:
+    reference = answer.sample.reference
+    letter = choices.infer_letter(answer.text, reference["options"])
+    status = {"accuracy": "default"} if letter is None else {}
+    values = {"accuracy": float(letter == reference["answer"])}
+    index = {"index": reference["index"]}
+    return Measured(answer.id, values, letter or "", status, index)  # type: ignore[arg-type]
+
+
+def circular(records: Sequence[Record]) -> dict[str, float]:
+    """Right under every rotation; over all rows; over the rows as they are printed."""
+    questions: dict[str | None, list[float]] = {}
+    rows, first = [], []
+    for record in records:
+        hit = record.values["accuracy"] or 0.0
+        questions.setdefault(record.unit, []).append(hit)
+        rows.append(hit)
+        if record.extra["index"] < choices.ROTATIONS:
+            first.append(hit)
+    found = {"circular": means_of([min(hits) for hits in questions.values()]), "rows": means_of(rows)}
+    return {**found, "first": means_of(first)} if first else found
+
+
+def means_of(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _mmmu(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+    """All at once: a letter that is drawn depends on those drawn before."""
+    questions = [choices.Question(a.sample.reference["options"], tuple(a.sample.reference["answers"])) for a in answers]
+    found = choices.mmmu([answer.text for answer in answers], questions)
+    rows = zip(answers, found.accuracy.per_sample, found.without_drawn.per_sample, found.predictions, strict=True)
+    for answer, value, without, prediction in rows:
+        drawn = isinstance(prediction, choices.Choice) and prediction.random
+        told = prediction.letter if isinstance(prediction, choices.Choice) else ", ".join(sorted(map(str, prediction)))
+        status = {"accuracy": "default"} if drawn else {}
+        values = {"accuracy": value, "without_drawn": without}
+        yield Measured(answer.id, values, told, status)  # type: ignore[arg-type]
+
+
+def _metric(about: str, measure: Any, **more: Any) -> Metric:
+    return Metric(about, measure, **{"scale": 100.0, **more})
+
+
+METRICS = {
+    "cider-d/ptb": _metric(
+        "CIDEr-D, document frequencies of these references", _captions(captions.cider_d, "cider_d", _whole), whole=True
+    ),
+    "cider-d/ptb-first-sentence": _metric(
+        "CIDEr-D of what stands before the first full stop",
+        _captions(captions.cider_d, "cider_d", _first_sentence),
+        whole=True,
+    ),
+    "bleu/ptb": _metric("BLEU-1 to BLEU-4 of the corpus", each(_bleu), aggregate=CORPUS_BLEU),
+    "rouge-l/ptb": _metric("ROUGE-L", _captions(captions.rouge_l, "rouge_l", _whole)),
+    "vqa/v2": _metric("VQAv2 accuracy", _vqa(_v2, "whole")),
+    "vqa/v2-mm-interleaved": _metric("VQAv2 accuracy of what is cut out of the answer", _vqa(_v2, "mm-interleaved")),
+    "vqa/vizwiz": _metric("VizWiz accuracy", _vqa(_vizwiz, "whole")),
+    "vqa/vizwiz-mm-interleaved": _metric(
+        "VizWiz accuracy of what is cut out of the answer", _vqa(_vizwiz, "mm-interleaved")
+    ),
+    "vqa/gqa": _metric("the same string, in lower case", _vqa(_gqa, "whole")),
+    "visdial/ndcg": _metric("NDCG over the relevant options", each(_ndcg)),
+    "visdial/sparse": _metric("ranks of the answer that was given", each(_sparse), scale=1.0, digits=4),
+    "grounding/mm-interleaved": _metric(
+        "boxes with an IoU of 0.5 or more, on a grid of 0 to 999", _box("mm-interleaved")
+    ),
+    "grounding/unit": _metric("the same, boxes as fractions", _box("unit")),
+    "pope/pope": _metric(
+        "accuracy, precision, recall, F1 and share of yes", each(_pope), aggregate=Sums(_pope_columns, _pope_of)
+    ),
+    "mme/mme": Metric("100 accuracy + 100 pictures with both right, by task; sums", each(_mme), aggregate=mme),
+    "mcq/circular": _metric("letters by rule, right in every rotation", each(_circular), aggregate=circular),
+    "mcq/mmmu": _metric("MMMU's parser; letters drawn at random are counted", _mmmu, whole=True),
+}

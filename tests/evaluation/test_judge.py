@@ -1,0 +1,308 @@
+"""A judge is asked what the rubric says, once; rules where an answer lacks what is judged; failures are no scores."""
+
+import itertools
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.evaluation.making import SHARED, answered, png
+from weft.document import Document, Image, Text, user
+from weft.evaluation.evaluate import METRICS
+from weft.evaluation.journal import EvaluationError
+from weft.evaluation.judge import Judge, JudgeConfig, Question
+from weft.evaluation.judge.measure import by_rule, overall, rubric_metric
+from weft.evaluation.judge.pairwise import duel
+from weft.evaluation.judge.rubric import INTERLEAVED_EVAL, OPENING, RUBRICS
+from weft.evaluation.metric import Answered
+from weft.evaluation.metrics.interleaved import Asked, Given, MissingRules, treatment
+from weft.evaluation.records import Prediction, Record
+from weft.evaluation.score import ScoringConfig, score
+from weft.evaluation.summary import aggregate, verify
+from weft.evaluation.task import Place, Sample, Task, TaskConfig
+from weft.llm import Failure, Reply
+
+ASPECTS = [each.name for each in INTERLEAVED_EVAL.criteria]
+
+
+class Scripted:
+    """Replies by a function of the request; counts what it is asked."""
+
+    model = "scripted"
+
+    def __init__(self, reply):
+        self.reply, self.asked = reply, []
+
+    def complete(self, requests):
+        for request in requests:
+            self.asked.append(request)
+            said = self.reply(request)
+            yield request, said if isinstance(said, Failure) else Reply(said, self.model)
+
+
+def ask(reply, n=1, **more):
+    port = Scripted(reply)
+    judge = Judge(JudgeConfig(port={"kind": "rule"}, **more), port)
+    questions = [Question(f"q{i}", ({"role": "user", "content": f"q{i}"},), "Say `Score: N`.") for i in range(n)]
+    from weft.evaluation.metrics.replies import read_score
+
+    found = judge.ask(questions, lambda text: read_score(text, decimals=judge.config.samples > 1).score)
+    return {question.id: verdict for question, verdict in found}, port.asked
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_again_with_the_form_named():
+    verdicts, asked = ask(lambda r: "Score: 3" if len(r.messages) > 1 else "It has 4 pictures, good.")
+    assert verdicts["q0"].value == 3 and len(asked) == 2
+    assert asked[1].messages[1]["content"].endswith("Say `Score: N`.")
+    assert verdicts["q0"].replies == ("It has 4 pictures, good.", "Score: 3")
+
+
+def test_after_three_tries_a_reply_is_unparsed_not_guessed():
+    verdicts, asked = ask(lambda r: "Between 2 and 4.")
+    assert verdicts["q0"].value is None and len(asked) == 3
+    assert len({request.key("m") for request in asked}) == 3  # or a cache would answer
+
+
+def test_several_samples_give_mean_and_spread():
+    replies = {0: "Score: 2", 100: "Score: 3.5", 200: "Score: 5"}
+    verdicts, _ = ask(lambda r: replies[r.seed], samples=3, temperature=1.0)
+    assert verdicts["q0"].value == 3.5 and verdicts["q0"].spread == pytest.approx(1.2247, abs=1e-4)
+
+
+def test_a_failed_request_gives_no_verdict():
+    verdicts, _ = ask(lambda r: Failure("http", "500") if r.id.startswith("q1") else "Score: 1", n=3)
+    assert set(verdicts) == {"q0", "q2"}
+
+
+# --- rules ---
+
+
+def answer(text, images, inputs, outputs, composition=False):
+    parts = tuple([Text("t")] * text + [Image(png(), f"pictures/{i}.png") for i in range(images)])
+    prompt = Document((user("do", *[Image(png()) for _ in range(inputs)]),))
+    sample = Sample("a", prompt, {"outputs": list(outputs)})
+    return Answered(sample, Prediction("a", parts), Place(None, "", ""), None)
+
+
+@pytest.mark.parametrize("single", ["ask", "not_applicable"])
+def test_rules_for_missing_parts_are_those_of_the_metric(single):
+    judge = Judge(JudgeConfig(port={"kind": "rule"}, single_image=single), Scripted(lambda r: ""))
+    rules = MissingRules(single_image="judge" if single == "ask" else "not applicable")
+    names = {None: "judge", "by_rule": "zero", "not_applicable": "not applicable"}
+    cases = itertools.product((0, 1), (0, 1, 2), (0, 1), (("text", "image"), ("image",), ("text",)))
+    for text, images, inputs, outputs in cases:
+        for criterion in INTERLEAVED_EVAL.criteria:
+            got = by_rule(criterion, answer(text, images, inputs, outputs), judge)
+            asked = Asked("text" in outputs, "image" in outputs)
+            wanted = treatment(criterion.name, asked, Given(bool(text), images, inputs), rules)
+            assert names[got] == wanted, (criterion.name, text, images, inputs, outputs)
+
+
+def test_the_published_average_column_is_the_mean_of_the_aspects():
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is not here")
+    table = json.loads((SHARED / "interleavedeval_tables/tables.json").read_text())
+    for _, *aspects, average in table["interleavedbench_full_gpt4o_0_5"]:
+        records = [Record("m", "a", dict(zip(ASPECTS, aspects, strict=True)))]
+        assert round(overall(records)["overall"], 2) == average
+
+
+def test_rubrics_are_data_with_their_own_scales():
+    assert [len(each.criteria) for each in RUBRICS.values()] == [5, 7, 5]
+    assert (OPENING.low, OPENING.high) == (0, 10)
+    system = OPENING.system(OPENING.criteria[0])
+    assert "Correctness" in system and "whole number from 0 to 10" in system
+    assert rubric_metric(OPENING).judged
+
+
+# --- the whole way, over HTTP ---
+
+ANSWERS = {
+    "s0": ["Once.", png("blue"), "Twice.", png("green")],
+    "s1": ["Only text."],
+    "s2": [],
+    "s3": [png("pink", (900, 300))],
+}
+
+
+def read(place):
+    for i in range(4):
+        prompt = Document((user("Tell ", Image(png()), f"story {i}"),))
+        yield Sample(f"s{i}", prompt, {"outputs": ["text", "image"]}, facets={"use case": "story"})
+
+
+TASKS = {"stories": Task("stories", "", read, ("interleavedeval/v1", "prose/length"))}
+
+
+class Server(ThreadingHTTPServer):
+    """A chat model that scores by what it is asked, and fails when it is told to."""
+
+    def __init__(self):
+        self.bodies, self.failing, self.lock = [], False, threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.lock:
+            self.server.bodies.append(body)
+        text = "" if self.server.failing else f"I see 2 of 5 things.\nScore: {self.score(body)}"
+        reply = {"model": "gpt-4o", "choices": [{"message": {"content": text}}], "usage": {"total_tokens": 9}}
+        data = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def score(self, body):
+        return 4 if "Text quality" in body["messages"][0]["content"] else 2
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr("weft.evaluation.evaluate.TASKS", TASKS)
+    return answered(tmp_path / "run", TaskConfig(name="stories"), ANSWERS)
+
+
+def settings(server, **more):
+    port = {"kind": "http", "base_url": f"http://127.0.0.1:{server.server_port}/v1", "model": "gpt-4o", "attempts": 1}
+    return ScoringConfig(judge={"port": port, **more})
+
+
+def test_an_interleaved_task_from_answers_to_summary(run, server):
+    assert score(run, TASKS, METRICS, settings(server)) == {}
+    summary = aggregate(run, METRICS)
+    cells = summary["metrics"]["interleavedeval/v1/gpt-4o"]["values"]
+    assert cells["text_quality"]["value"] == (4 + 4 + 0 + 0) / 4 and cells["text_quality"]["by_rule"] == 2
+    assert cells["perceptual_quality"]["value"] == (2 + 0 + 0 + 2) / 4
+    assert cells["text_image_coherence"]["value"] == 2 / 4 and cells["text_image_coherence"]["by_rule"] == 3
+    assert cells["helpfulness"]["value"] == (2 + 2 + 0 + 2) / 4
+    assert cells["overall"]["value"] == pytest.approx((2 + 1 + 1 + 0.5 + 1.5) / 5)
+    assert {"low", "high"} <= set(cells["overall"]) and summary["empty"] == 1
+    assert summary["metrics"]["prose/length"]["values"]["words"]["n"] == 4
+    assert len(server.bodies) == 5 + 2 + 0 + 3  # one for each aspect that no rule decides
+    replies = run.read_records()["interleavedeval/v1/gpt-4o"]["s0"].extra["replies"]
+    assert replies["text_quality"] == ["I see 2 of 5 things.\nScore: 4"]
+    assert verify(run, METRICS) == []
+
+
+def test_a_request_shows_instruction_and_output_with_named_pictures_in_their_places(run, server):
+    score(run, TASKS, METRICS, settings(server))
+    body = next(b for b in server.bodies if len(b["messages"][1]["content"]) == 12)
+    parts = body["messages"][1]["content"]
+    told = [part["text"] if part["type"] == "text" else "[picture]" for part in parts]
+    assert told == ["### Instruction", "Tell ", "input image 1", "[picture]", "story 0", "### Output", "Once.",
+                    "output image 1", "[picture]", "Twice.", "output image 2", "[picture]"]  # fmt: skip
+    assert parts[3]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert body["temperature"] == 0
+
+
+def test_pictures_are_sent_no_larger_than_said(run, server):
+    import base64
+    import io
+
+    from PIL import Image as PILImage
+
+    score(run, TASKS, METRICS, settings(server, image_side=100, image_format="jpeg"))
+    sizes = set()
+    for body in server.bodies:
+        for part in body["messages"][1]["content"]:
+            if part["type"] == "image_url":
+                data = base64.b64decode(part["image_url"]["url"].partition("base64,")[2])
+                sizes.add(PILImage.open(io.BytesIO(data)).size)
+    assert sizes == {(16, 12), (100, 33)}
+
+
+def test_nothing_is_asked_twice_and_a_replay_needs_no_server(run, server, tmp_path):
+    score(run, TASKS, METRICS, settings(server))
+    n, records = len(server.bodies), run.records.file.read_bytes()
+    run.records.file.unlink()  # as if it had been lost
+    score(run, TASKS, METRICS, settings(server))
+    assert len(server.bodies) == n and run.records.file.read_bytes() == records
+    stored = {"kind": "replay", "file": str(run.folder / "judge.jsonl"), "model": "gpt-4o"}
+    run.records.file.unlink()
+    score(run, TASKS, METRICS, ScoringConfig(judge={"port": stored}))
+    assert len(server.bodies) == n and run.records.file.read_bytes() == records
+
+
+def test_empty_replies_are_failures_that_no_cache_keeps(run, server):
+    server.failing = True
+    with pytest.raises(EvaluationError, match="gave nothing for 3 answers, the first s0"):
+        score(run, TASKS, METRICS, settings(server))
+    kept = run.folder / "judge.jsonl"
+    assert not kept.is_file() or kept.read_text() == ""
+    assert set(run.read_records()["interleavedeval/v1/gpt-4o"]) == {"s2"}  # which no judge was asked about
+    server.failing = False
+    score(run, TASKS, METRICS, settings(server))
+    assert aggregate(run, METRICS)["metrics"]["interleavedeval/v1/gpt-4o"]["n"] == 4
+
+
+def test_unparsed_replies_are_counted_left_out_and_make_a_number_invalid(run, server, monkeypatch):
+    monkeypatch.setattr(Handler, "score", lambda self, body: "high")
+    score(run, TASKS, METRICS, settings(server))
+    found = aggregate(run, METRICS)["metrics"]["interleavedeval/v1/gpt-4o"]
+    assert found["valid"] is False and found["unparsed"] == 3
+    assert found["values"]["text_quality"]["value"] == 0 and found["values"]["text_quality"]["unparsed"] == 2
+
+
+def test_without_a_judge_the_metric_is_skipped_and_says_so(run):
+    assert "no judge is given" in score(run, TASKS, METRICS, ScoringConfig())["interleavedeval/v1"]
+    summary = aggregate(run, METRICS)
+    assert list(summary["metrics"]) == ["prose/length"] and "interleavedeval/v1" in summary["skipped"]
+
+
+# --- which of two is better ---
+
+
+def duels(run, tmp_path, server):
+    other = answered(tmp_path / "other", TaskConfig(name="stories"), {**ANSWERS, "s1": ["Only text, and longer."]})
+    return duel(run, other, TASKS, settings(server).judge, tmp_path / "duel")
+
+
+def winner(by):
+    def score(self, body):
+        told = [part.get("text", "") for part in body["messages"][1]["content"]]
+        return f"7\nWinner: {by(told.index('### Answer A') < told.index('### Answer B'), ' '.join(told))}"
+
+    return score
+
+
+def test_a_judge_that_always_prefers_one_place_decides_nothing(run, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Handler, "score", winner(lambda a_first, text: "A"))
+    found = duels(run, tmp_path, server)
+    assert found["verdicts"] == {"A": 0, "B": 0, "Tie(A)": 0, "Tie(B)": 0, "Tie": 4}
+    assert found["flipped"]["value"] == 1.0 and found["first_wins"]["half"] == 0.5 and found["n"] == 4
+
+
+def test_a_judge_that_prefers_an_answer_is_heard_and_asked_twice_once(run, server, tmp_path, monkeypatch):
+    def by(a_first, text):
+        at = text.find("longer")
+        return "Tie(A)" if at < 0 else "A" if at < text.index("### Answer B") else "B"
+
+    monkeypatch.setattr(Handler, "score", winner(by))
+    found = duels(run, tmp_path, server)
+    assert found["verdicts"]["B"] == 1 and found["verdicts"]["Tie"] == 3
+    assert len(server.bodies) == 2 + 3  # answers that are the same make the same request in both orders
+    assert duels(run, tmp_path, server) == found and len(server.bodies) == 5
+    rows = [json.loads(line) for line in (tmp_path / "duel/duels.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["s0", "s1", "s2", "s3"]
+    assert (rows[1]["shown"], rows[1]["swapped"], rows[1]["verdict"]) == ("B", "A", "B")
+
+
+def test_verdicts_that_cannot_be_read_are_counted(run, server, tmp_path):
+    found = duels(run, tmp_path, server)  # this server gives scores
+    assert found["unparsed"] == 4 and found["n"] == 0 and found["first_of_decided"] is None

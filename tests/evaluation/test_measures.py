@@ -1,0 +1,270 @@
+"""What records are made of and summed up to is what the pure functions say, on the known answers as well."""
+
+import json
+import random
+
+import pytest
+
+from tests.evaluation.making import SHARED, answered, png, write
+from weft.evaluation.bootstrap import intervals
+from weft.evaluation.evaluate import METRICS, TASKS
+from weft.evaluation.measures.prose import repetition
+from weft.evaluation.measures.texts import CORPUS_BLEU, circular, mme
+from weft.evaluation.metric import means
+from weft.evaluation.metrics.choices import ROTATIONS
+from weft.evaluation.records import Record
+from weft.evaluation.score import ScoringConfig, score
+from weft.evaluation.summary import aggregate
+from weft.evaluation.task import TaskConfig
+
+known = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+
+
+def load(name):
+    return json.loads((SHARED / name).read_text())
+
+
+def summary(folder, config, answers, metrics=None, **more):
+    run = answered(folder / "run", config, answers)
+    skipped = score(run, TASKS, METRICS, ScoringConfig(metrics=metrics, **more))
+    found = aggregate(run, METRICS, resamples=50)
+    return {name: metric["values"] for name, metric in found["metrics"].items()}, skipped, found
+
+
+@known
+def test_captions_by_way_of_records(tmp_path):
+    cases, wanted = load("abstract48s_captions/input.json"), load("abstract48s_captions/expected.json")
+    table = {
+        "images": [{"id": c["image_id"], "file_name": "x.png"} for c in cases],
+        "annotations": [{"image_id": c["image_id"], "caption": r} for c in cases for r in c["references"]],
+    }
+    write(tmp_path, {"nocaps_val_4500_captions.json": table, "x.png": png()})
+    answers = {c["image_id"]: [c["candidate_B"]] for c in cases}
+    values, _, _ = summary(tmp_path, TaskConfig(name="nocaps", data=tmp_path), answers)
+    corpus = wanted["candidate_B"]["corpus"]
+    assert values["cider-d/ptb"]["cider_d"]["value"] == pytest.approx(corpus["CIDEr"], abs=1e-9)
+    assert values["rouge-l/ptb"]["rouge_l"]["value"] == pytest.approx(corpus["ROUGE_L"], abs=1e-9)
+    for n in range(1, 5):
+        assert values["bleu/ptb"][f"bleu_{n}"]["value"] == pytest.approx(corpus[f"Bleu_{n}"], abs=1e-9)
+    assert {"low", "high"} <= set(values["bleu/ptb"]["bleu_4"])
+
+
+@known
+def test_vqa_by_way_of_records(tmp_path):
+    annotations, wanted = load("vqa_textvqa/annotations.json"), load("vqa_textvqa/expected.json")
+    predictions = {row["question_id"]: row["answer"] for row in load("vqa_textvqa/predictions.json")}
+    questions = [{**row, "image": "x.png"} for row in annotations]
+    write(tmp_path, {
+        "textvqa_val_questions.json": {"questions": questions},
+        "textvqa_val_annotations.json": {"annotations": annotations}, "x.png": png(),
+    })  # fmt: skip
+    answers = {str(row["question_id"]): [predictions[row["question_id"]]] for row in annotations}
+    values, _, _ = summary(tmp_path, TaskConfig(name="textvqa", data=tmp_path), answers, ("vqa/v2",))
+    # an answer of a prediction file is stripped at its ends, which VQA does too
+    assert values["vqa/v2"]["accuracy"]["rounded"] == wanted["overall"]
+
+
+@known
+def test_pope_by_way_of_records(tmp_path):
+    cases, wanted = load("pope/input.json"), load("pope/expected.json")
+    rows = [
+        {"question_id": c["question_id"], "image": c["image"], "text": c["question"], "label": c["label"]}
+        for c in cases
+    ]
+    write(tmp_path, {"coco_pope_random.json": "".join(json.dumps(row) + "\n" for row in rows)})
+    answers = {f"random-{c['question_id']}": [c["answer"]] for c in cases}
+    values, _, _ = summary(tmp_path, TaskConfig(name="pope", data=tmp_path, split="random"), answers)
+    found = {name: cell["value"] for name, cell in values["pope/pope"].items()}
+    names = {"accuracy": "acc", "precision": "precision", "recall": "recall", "f1": "f1", "yes_ratio": "yes_ratio"}
+    assert found == pytest.approx({ours: wanted[theirs] for ours, theirs in names.items()}, abs=1e-12)
+
+
+@known
+def test_circular_choices_by_way_of_records():
+    from weft.evaluation.metrics.choices import infer_letter
+
+    rows, wanted = load("mmbench_circular/input.json"), load("mmbench_circular/expected.json")
+    records = [
+        Record(
+            "m", str(row["index"]), {"accuracy": hit}, unit=str(row["index"] % ROTATIONS), extra={"index": row["index"]}
+        )
+        for row in rows
+        for hit in [float(infer_letter(row["prediction"], row["options"]) == row["answer"])]
+    ]
+    found = circular(records)
+    assert found["circular"] == pytest.approx(wanted["circular_accuracy"])
+    assert found["rows"] == wanted["vanilla_accuracy_all_rows"]
+    assert found["first"] == wanted["vanilla_accuracy_first_rotation"]
+
+
+@known
+def test_rankings_by_way_of_records(tmp_path):
+    cases, wanted = load("visdial_ndcg/input.json"), load("visdial_ndcg/expected.json")
+    rounds = [{"question": 0, "answer": 0, "answer_options": list(range(100)), "gt_index": 0}] * 10
+    dialogs = [
+        {"image_id": c["image_id"], "caption": "c",
+         "dialog": [{**r, "gt_index": c["gt_index"]} for r in rounds]} for c in cases
+    ]  # fmt: skip
+    write(tmp_path, {
+        "visdial_1.0_val.json":
+            {"data": {"questions": ["q"], "answers": [f"a{i}" for i in range(100)], "dialogs": dialogs}},
+        "visdial_1.0_val_dense_annotations.json": [
+            {"image_id": c["image_id"], "round_id": c["round_id"], "gt_relevance": c["gt_relevance"]} for c in cases
+        ],
+    })  # fmt: skip
+    answers = {str(c["image_id"]): [float(score) for score in c["scores"]] for c in cases}
+    values, _, _ = summary(tmp_path, TaskConfig(name="visdial", data=tmp_path), answers)
+    assert values["visdial/ndcg"]["ndcg"]["value"] == pytest.approx(wanted["ndcg"], abs=1e-6)
+    assert values["visdial/sparse"]["mean_rank"]["value"] == pytest.approx(wanted["mean"], abs=1e-5)
+
+
+@known
+def test_geneval_by_way_of_records(tmp_path):
+    found = load("geneval_logic/input.json")["cases"][:8]
+    metadata = [{**case["metadata"], "prompt": "p"} for case in found]
+    seen = [{"id": f"{i:05d}-{k}", "detections": c["detections"]} for i, c in enumerate(found) for k in range(4)]
+    write(tmp_path, {"evaluation_metadata.jsonl": metadata, "detections.jsonl": seen})
+    answers = {f"{i:05d}-{k}": [png()] for i in range(8) for k in range(4)}
+    answers["00000-3"] = []
+    values, _, _ = summary(
+        tmp_path,
+        TaskConfig(name="geneval", data=tmp_path),
+        answers,
+        weights={"detections": tmp_path / "detections.jsonl"},
+    )
+    right = [case["correct"] for case in load("geneval_logic/expected.json")["cases"][:8]]
+    tags: dict = {}
+    for i, (case, hit) in enumerate(zip(found, right, strict=True)):
+        hits = [float(hit)] * (3 if i == 0 else 4) + [0.0] * (i == 0)
+        tags.setdefault(case["metadata"]["tag"], []).extend(hits)
+    means_of_tags = {tag: sum(hits) / len(hits) for tag, hits in tags.items()}
+    cells = {name: cell["value"] for name, cell in values["geneval/mask2former"].items()}
+    assert {tag: cells[tag] for tag in tags} == pytest.approx(means_of_tags)
+    assert cells["overall"] == pytest.approx(sum(means_of_tags.values()) / len(tags))
+
+
+def test_edits_against_the_true_picture_and_missing_ones_by_rule(tmp_path):
+    turn = {"input": "5-input.png", "mask": "m", "instruction": "x"}
+    turns = [{**turn, "output": "5-output1.png"}, {**turn, "output": "5-output2.png"}]
+    write(tmp_path, {
+        "edit_sessions.json": {"5": turns}, "local_captions.json": {},
+        **{f"images/5/5-{name}.png": png("white") for name in ("input", "output1", "output2")},
+    })  # fmt: skip
+    answers = {"5_1": [png("black", (8, 8))], "5_inde_2": ["sorry"]}
+    values, skipped, _ = summary(tmp_path, TaskConfig(name="magicbrush", data=tmp_path), answers)
+    assert values["edits/l1l2"]["l1"]["value"] == 1.0 and values["edits/l1l2"]["l1"]["by_rule"] == 1
+    assert set(skipped) == {"clip-i/b32", "dino/s16", "clip-t/b32"}
+    assert skipped["dino/s16"].startswith("weights.dino is not given: DINO v1")
+
+
+def test_distances_between_sets_are_made_of_the_records_alone(tmp_path, monkeypatch):
+    import torch
+
+    import weft.evaluation.metrics.inception as inception
+    from weft.evaluation.metrics.fid import frechet_distance, statistics
+
+    def network(pixels):
+        return torch.stack([pixels.mean((2, 3))[:, 0], pixels.mean((2, 3))[:, 1]], -1)
+
+    monkeypatch.setattr(inception, "load_inception", lambda file: network)
+    colors = ["red", "green", "blue", "white"]
+    rows = [{"image_id": i, "caption": "c"} for i in range(4)]
+    write(tmp_path, {
+        "coco_val_captions.jsonl": rows, "w.safetensors": b"x",
+        **{f"val2017/{i:012d}.jpg": png(color) for i, color in enumerate(colors)},
+    })  # fmt: skip
+    answers = {f"{i + 1:06d}-{i}": [png(color)] for i, color in enumerate(["red", "red", "blue", "black"])}
+    values, _, _ = summary(
+        tmp_path, TaskConfig(name="ln-coco", data=tmp_path), answers, ("fid/64",),
+        weights={"inception": tmp_path / "w.safetensors"},
+    )  # fmt: skip
+    from PIL import ImageColor
+
+    def features(names):
+        return torch.tensor([[2 * (c / 255) - 1 for c in ImageColor.getrgb(name)[:2]] for name in names])
+
+    wanted = [statistics(features(each), variant="64") for each in (["red", "red", "blue", "black"], colors)]
+    assert values["fid/64"]["fid"]["value"] == pytest.approx(frechet_distance(*wanted), abs=1e-5)
+
+
+def test_miou_over_all_pixels(tmp_path):
+    import io
+
+    from PIL import Image as PILImage
+
+    def labels(value):
+        buffer = io.BytesIO()
+        PILImage.new("L", (4, 4), value).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    write(tmp_path, {
+        "validation.json": [{"image_id": name, "caption": "c"} for name in "ab"],
+        **{f"annotations_with_color/validation/{name}.png": png() for name in "ab"},
+        "annotations/validation/a.png": labels(3), "annotations/validation/b.png": labels(5),
+        "made/a.png": labels(2), "made/b.png": labels(2),
+    })  # fmt: skip
+    values, _, _ = summary(
+        tmp_path, TaskConfig(name="ade20k", data=tmp_path), {"a": [png()], "b": [png()]}, ("miou/ade20k",),
+        weights={"labels": tmp_path / "made"},
+    )  # fmt: skip
+    cells = values["miou/ade20k"]
+    assert cells["miou"]["value"] == pytest.approx(0.5 / 150) and cells["miou_occurring"]["value"] == 0.25
+    assert cells["pixel_accuracy"]["value"] == 0.5
+
+
+# --- sums, intervals ---
+
+
+def test_mme_needs_both_questions_of_a_picture():
+    hits = {"p": (1, 1), "q": (1, 0), "r": (0, 0)}
+    records = [
+        Record("m", f"{name}{i}", {"accuracy": float(hit)}, unit=name, extra={"task": "color"})
+        for name, pair in hits.items()
+        for i, hit in enumerate(pair)
+    ]
+    assert mme(records) == pytest.approx({"color": 100 * 3 / 6 + 100 / 3})
+
+
+def values(n, seed=0):
+    rng = random.Random(seed)
+    return [Record("m", f"r{i}", {"x": rng.gauss(1, 2)}) for i in range(n)]
+
+
+def test_an_interval_of_a_mean_is_as_wide_as_theory_says():
+    records = values(400)
+    xs = [record.values["x"] for record in records]
+    middle = sum(xs) / len(xs)
+    error = (sum((x - middle) ** 2 for x in xs) / len(xs)) ** 0.5 / len(xs) ** 0.5
+    found = intervals(records, means, seed=0, resamples=2000)["x"]
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert found == intervals(records, means, seed=0, resamples=2000)["x"]
+    assert found != intervals(records, means, seed=1, resamples=2000)["x"]
+
+
+def test_a_formula_drawn_fast_is_the_formula_drawn_slowly():
+    fast = intervals(values(30), means, seed=3, resamples=300)["x"]
+    slow = intervals(values(30), lambda records: means(records), seed=3, resamples=300)["x"]
+    assert (slow.low, slow.high) == pytest.approx((fast.low, fast.high), abs=1e-12)
+    rng = random.Random(1)
+    counts = [[rng.randrange(1, 9) for _ in range(10)] for _ in range(20)]
+    records = [Record("m", f"r{i}", {}, extra={"counts": each}) for i, each in enumerate(counts)]
+    fast = intervals(records, CORPUS_BLEU, seed=3, resamples=200)
+    slow = intervals(records, lambda rows: CORPUS_BLEU(rows), seed=3, resamples=200)
+    assert fast["bleu_2"].low == pytest.approx(slow["bleu_2"].low) and set(fast) == {f"bleu_{n}" for n in range(1, 5)}
+
+
+def test_answers_of_one_unit_are_drawn_together():
+    alone = [Record("m", f"r{i}", {"x": float(i // 4 % 2)}) for i in range(80)]
+    units = [Record("m", f"r{i}", {"x": float(i // 4 % 2)}, unit=str(i // 4)) for i in range(80)]
+    narrow, wide = (intervals(each, means, seed=0, resamples=1000)["x"] for each in (alone, units))
+    assert (wide.high - wide.low) / (narrow.high - narrow.low) == pytest.approx(2, rel=0.15)
+
+
+def test_values_that_do_not_apply_are_left_out_of_their_own_mean_only():
+    records = [Record("m", "a", {"x": 1.0, "y": None}), Record("m", "b", {"x": 0.0, "y": 3.0})]
+    assert means(records) == {"x": 0.5, "y": 3.0}
+
+
+def test_repetition():
+    assert repetition("a b c d e") == 0 and repetition("go on go on go on go on") == pytest.approx(3 / 5)
+    assert repetition("short") == 0
