@@ -50,7 +50,7 @@ def test_mmmu_known_answers():
     [
         ("A", "A"), ("B.", "B"), ("(C)", "C"), ("I say (A), no, (B).", "B"), ("It is A or D", "D"),
         ("(A) but then B", "A"),
-        ("there is surely a blue car in it", "B"), ("a red bus, then two dogs, I think", "C"), ("'D'", "D"),
+        ("well, it is a blue car", "B"), ("a red bus, then two dogs, I think", "C"), ("'D'", "D"),
     ],
 )  # fmt: skip
 def test_mmmu_letters(reply, letter):
@@ -114,6 +114,7 @@ def test_mmbench_known_answers():
         ("B", "B"), ("(B).", "B"), ("**B**: a blue car", "B"), ("A good bus", "A"), ("B or C", None),
         ("The answer is B, because of the colour of the thing in the middle", "B"),
         ("B is what I would say after some thought", None), ("The answer is cats", "C"), ("I see two dogs", "C"),
+        ("B is my guess", "B"),
         ("a red bus and a blue car", None), ("a red bus " * 20, None), ("Z", "Z"), ("", None),
         ("I can't process this file.", "Z"), ("Failed to obtain answer via API B", None),
     ],

@@ -45,7 +45,7 @@ READ = {
     "json": '{{"score": {n}, "reason": "{aside}"}}',
     "fenced json": 'Here it is:\n```json\n{{"reason": "{aside}", "Score": {n}}}\n```',
     "json, number as text": '{{"explanation": "{aside}", "score": "{n}"}}',
-    "json quotes a score line": '{{"reason": "Score: {other} is too much", "score": {n}}}',
+    "json quotes a score line": '{{"reason": "Score: {other}", "score": {n}}}',
     "nested json": '{{"evaluation": {{"score": {n}, "reason": "{aside}"}}}}',
     "share": "{aside} I rate it {n}/5.",
     "share in words": "I give this {n} out of 5 for coherence. {aside}",

@@ -84,6 +84,7 @@ def test_strings_are_compared_as_they_are_where_all_people_agree():
     [
         ("The Two dogs", "2 dogs"), ("none", "0"), ("an apple a day", "apple day"), ("black-white", "black white"),
         ("black -white", "black white"), ("black- white", "black white"), ("a-b c- d", "ab c d"),
+        ("b;-b c-d", "b b c d"),
         ("1,000-2,000", "10002000"), ("3.5", "3.5"), ("u.s.a.", "usa"), ("v.2", "v.2"), ("what?", "what"),
         ("dont", "don't"), ("wouldntve", "wouldntve"), ("wouldnt've", "wouldn't've"), ("wouldn'tve", "wouldn't've"),
         ("somebody'd", "somebodyd"), ("ow's'at", "'ow's'at"), ("Im", "im"), ("Id've", "id've"), ("let's", "let's"),
