@@ -46,7 +46,7 @@ WAYS: dict[str, tuple[AdapterConfig | None, SynchronizerConfig | None]] = {
     "both": (AdapterConfig(kind="moss", rank=8, kernel=2), SYNCHRONIZER),
 }
 GATES = [{"match": "gate$", "learning_rate": 3e-2}]
-"""They start at zero, and until they open nothing behind them learns: at the rate of the rest 400 steps gave chance."""
+"""They start at zero, and until they open nothing behind them learns much."""
 
 
 def page(rng: random.Random) -> tuple[PILImage.Image, Thing]:
