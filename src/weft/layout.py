@@ -87,6 +87,9 @@ class ModalityLayout:
     """(B, N) bool: the picture stands in the context and is not to be generated."""
     sight: Any = None
     """What synchronisers read of the pictures, `weft.synchronizer.sight.Sight`; None where there is none to read it."""
+    documents: Tensor | None = None
+    """(B, L) int64, rising: which document of its row a position belongs to, -1 at padding, where positions read their
+    own document alone. None: each sequence is one."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,10 +101,32 @@ class ModalityLayout:
         """(B, L) bool: not padding."""
         return self.inputs.modality != Modality.NONE
 
+    @property
+    def places(self) -> Tensor:
+        """(B, L) the place of every position in what it reads: its sequence, or its document of several."""
+        if self.documents is None:
+            return (self.is_real.cumsum(1) - 1).clamp_min(0)
+        is_start = self.documents.diff(dim=1, prepend=self.documents[:, :1] - 1) != 0
+        here = torch.arange(self.shape[1], device=is_start.device)
+        return here - torch.where(is_start, here, 0).cummax(1).values
+
+    @property
+    def readable(self) -> Tensor:
+        """What positions read of those up to them: (B, L) bool, the same for all; or, where documents are kept apart,
+        (B, 1, L, L) bool, [b, 0, q, k] True where q reads k. There, padding reads padding: nothing reads nothing."""
+        if self.documents is None:
+            return self.is_real
+        same = self.documents.unsqueeze(2) == self.documents.unsqueeze(1)
+        return same.tril().unsqueeze(1)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "ModalityLayout":
         """The same of other planes. What is seen is left out: it is put in last."""
         return ModalityLayout(
-            self.inputs.map(function), self.outputs.map(function), function(self.grids), function(self.given)
+            self.inputs.map(function),
+            self.outputs.map(function),
+            function(self.grids),
+            function(self.given),
+            documents=None if self.documents is None else function(self.documents),
         )
 
     def seeing(self, sight: Any) -> "ModalityLayout":
@@ -113,7 +138,8 @@ class ModalityLayout:
     def __getitem__(self, positions: slice) -> "ModalityLayout":
         """A run of positions, every sequence; picture numbers and places stay those of the whole. Without `sight`."""
         cut = lambda tensor: tensor[:, positions]  # noqa: E731
-        return ModalityLayout(self.inputs.map(cut), self.outputs.map(cut), self.grids, self.given)
+        documents = None if self.documents is None else cut(self.documents)
+        return ModalityLayout(self.inputs.map(cut), self.outputs.map(cut), self.grids, self.given, documents=documents)
 
 
 def lay_out(sequences: Sequence[Sequence[Span]], *, length: int | None = None, left: bool = False) -> ModalityLayout:
@@ -298,7 +324,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """A document as one model reads it, before batching."""
+    """A document as one model reads it, before batching; or several in a row."""
 
     ids: Tensor
     """(L,) int64: text tokens; picture code k as vocabulary + k; `FEATURE` for what has no id."""
@@ -306,12 +332,14 @@ class TokenSequence:
     is_target: Tensor
     """(L,) bool: True where element t is to be learnt, which the position before it does."""
     name: str | None = None
-    """The document's id, for messages."""
+    """The document's id, for messages; of a row, the ids."""
     features: Tensor | None = None
     """(n, F) one row for each id that is `FEATURE`, in order; None where there is none, or where they come of `pixels`.
     """
     pixels: tuple[Pixels, ...] = ()
     """Of every picture, in order, for models that look at pixels; others have none."""
+    documents: tuple[int, ...] = ()
+    """The lengths of the documents in it, where it is a row of several."""
 
     def __len__(self) -> int:
         return len(self.ids)

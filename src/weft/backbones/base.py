@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from weft.backbones.attention import NAME
 from weft.codecs.pixels import fit, to_values
 from weft.document import Document, Image, Role, Turn
-from weft.errors import ContextError
+from weft.errors import ContextError, UsageError
 from weft.images import decode_image
 from weft.layout import FEATURE, ImageSpan, ModalityLayout, Pixels, Span, TextSpan, TokenSequence
 
@@ -283,9 +284,9 @@ def run_decoder(backbone: Stack, embeds: Tensor, layout: ModalityLayout, step: D
     if backbone.synchronizer is not None:
         backbone.synchronizer.show(layout)
     if step is None:
-        real = layout.is_real
-        positions = (real.cumsum(1) - 1).clamp_min(0)
-        out = decoder(inputs_embeds=embeds, attention_mask=real, position_ids=positions, use_cache=False)
+        if layout.documents is not None:
+            _check_keeps_apart(decoder)
+        out = decoder(inputs_embeds=embeds, attention_mask=layout.readable, position_ids=layout.places, use_cache=False)
     else:
         out = decoder(
             inputs_embeds=embeds,
@@ -295,6 +296,17 @@ def run_decoder(backbone: Stack, embeds: Tensor, layout: ModalityLayout, step: D
             use_cache=True,
         )
     return out.last_hidden_state
+
+
+def _check_keeps_apart(decoder: nn.Module) -> None:
+    """Raise `UsageError` unless the stack's attention takes (B, 1, L, L) bool: others misread it without a word."""
+    config: Any = decoder.config
+    kind = config._attn_implementation
+    if kind not in ("sdpa", NAME):
+        raise UsageError(
+            f"the attention of {type(decoder).__name__} ({kind}) cannot keep the documents of a row apart",
+            fix="data.rows.attention: full, or data.packing: none",
+        )
 
 
 Keep = Literal["all", "pictures", "nothing"]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from weft.backbones.base import Backbone
     from weft.document import Document, Turn
     from weft.training import Losses, Plan, Sampler, StepReport, TrainConfig
+    from weft.training.plan import RowFigures
 
 Overrides = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 
@@ -140,6 +141,15 @@ def _describe_parameters(plan: "Plan") -> str:
     return f"{found.all:,} trained ({of}{like})"
 
 
+def _describe_rows(rows: "RowFigures") -> str:
+    left = f"; {rows.left:,} documents or parts are in none" if rows.left else ""
+    return (
+        f"{rows.packing}, {rows.length:,} positions each, of which {rows.utilisation:.1%} hold something "
+        f"({rows.alone:.1%} with a document in each): {rows.documents:,} documents in {rows.rows:,} rows, "
+        f"at most {rows.most_pictures:,} pictures in one{left}"
+    )
+
+
 def _print_plan(plan: "Plan") -> None:
     from rich.console import Console
     from rich.table import Table
@@ -161,6 +171,8 @@ def _print_plan(plan: "Plan") -> None:
     console = Console()
     console.print(table)
     console.print(f"documents: {plan.training_documents:,} to learn from, {plan.validation_documents:,} for validation")
+    if plan.rows is not None:
+        console.print(f"rows: {_describe_rows(plan.rows)}")
     console.print(f"parameters: {_describe_parameters(plan)}, {plan.frozen_parameters:,} frozen")
     console.print(f"memory: about {plan.peak_bytes / 2**20:,.0f} MiB, the peak of the first steps")
     minutes = plan.seconds / 60

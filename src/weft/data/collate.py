@@ -1,7 +1,7 @@
 """Token sequences -> one padded batch: ids, the layout that everything below reads, and what is to be learnt."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,11 +51,12 @@ class Batch:
         )
 
 
-def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
+def collate(sequences: Sequence[TokenSequence], pad: int, *, isolated: bool = True) -> Batch:
     """Pad to the longest.
 
     Args:
         pad: id of the padding token.
+        isolated: where a sequence is a row of documents, each is read as if it were alone; otherwise as one text.
 
     Raises:
         LayoutError: no sequence, an empty one, or one whose ids, targets and spans differ in length.
@@ -65,6 +66,8 @@ def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
     for sequence in sequences:
         _check(sequence)
     layout = lay_out([sequence.spans for sequence in sequences])
+    if isolated and any(sequence.documents for sequence in sequences):
+        layout = replace(layout, documents=_documents(sequences, layout.shape))
     ids = torch.full(layout.shape, pad, dtype=torch.int64)
     labels = torch.full(layout.shape, IGNORED, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
@@ -73,6 +76,14 @@ def collate(sequences: Sequence[TokenSequence], pad: int) -> Batch:
         labels[row, : n - 1] = sequence.ids[1:].masked_fill(~sequence.is_target[1:], IGNORED)
     names = tuple(sequence.name for sequence in sequences)
     return Batch(ids, layout, labels, names, _features(sequences, layout.shape), _pictures(sequences))
+
+
+def _documents(sequences: Sequence[TokenSequence], shape: tuple[int, int]) -> Tensor:
+    numbers = torch.full(shape, -1, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        lengths = torch.tensor(sequence.documents or (len(sequence),))
+        numbers[row, : len(sequence)] = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return numbers
 
 
 def _features(sequences: Sequence[TokenSequence], shape: tuple[int, int]) -> Tensor | None:
@@ -101,6 +112,8 @@ def _check(sequence: TokenSequence) -> None:
         raise LayoutError(
             f"a sequence has {ids} ids, {targets} targets and spans of {spans} positions", where=sequence.name
         )
+    if sequence.documents and sum(sequence.documents) != ids:
+        raise LayoutError(f"a row of {ids} positions has documents of {sum(sequence.documents)}", where=sequence.name)
     if sequence.pixels:
         pictures = sum(isinstance(span, ImageSpan) for span in sequence.spans)
         if pictures != len(sequence.pixels):

@@ -1,11 +1,15 @@
-"""Sequences longer than the context: split where no picture is cut, dropped, or refused."""
+"""Sequences cut and joined: pieces of documents in a row, and documents longer than the context.
 
-from collections.abc import Iterator
+Which piece stands where is decided in `rows.py`.
+"""
+
+from collections.abc import Sequence
 from itertools import compress
 from typing import Literal
 
 import torch
 
+from weft.data.rows import Extent, parts
 from weft.errors import ContextError
 from weft.layout import FEATURE, ImageSpan, Span, TextSpan, TokenSequence
 
@@ -31,61 +35,61 @@ def split_to_fit(sequence: TokenSequence, limit: int, on_overflow: OnOverflow) -
             where=sequence.name,
             fix="split or drop such sequences (on_overflow), or shorten the document",
         )
-    return [_piece(sequence, start, end) for start, end in _runs(sequence, limit - 1)]
+    return [cut(sequence, start, end, again=True) for start, end in parts(extent_of(sequence), limit)]
 
 
-def _runs(sequence: TokenSequence, room: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of the elements after the first, each run as long as it may be."""
-    cuts = _cuts(sequence)
-    start = end = 1
-    for cut in cuts:
-        if cut - start > room:
-            if end > start:
-                yield start, end
-                start = end
-            if cut - start > room:
-                raise ContextError(
-                    f"a picture needs {cut - start} positions with its begin and end, and there are {room}",
-                    where=sequence.name,
-                    fix="raise the limit",
-                )
-        end = cut
-    yield start, end
-
-
-def _cuts(sequence: TokenSequence) -> list[int]:
-    """Positions before which the sequence may be cut, and its end."""
-    may_cut = torch.ones(len(sequence) + 1, dtype=torch.bool)
-    at = 0
+def extent_of(sequence: TokenSequence) -> Extent:
+    """A picture takes the tokens that open it and those that close it along."""
+    pictures, at = [], 0
     for span in sequence.spans:
         if isinstance(span, ImageSpan):
-            # after the first of the tokens that open the picture, up to the last of those that close it
-            may_cut[at - span.before + 1 : at + span.length + span.after] = False
+            pictures.append((at - span.before, min(at + span.length + span.after, len(sequence))))
         at += span.length
-    may_cut[:2] = False  # the first token is repeated, never a piece of its own
-    may_cut[-1] = True
-    return may_cut.nonzero().flatten().tolist()
+    return Extent(len(sequence), tuple(pictures), sequence.name)
 
 
-def _piece(sequence: TokenSequence, start: int, end: int) -> TokenSequence:
-    keep = torch.cat((torch.tensor([0]), torch.arange(start, end)))
-    spans: list[Span] = []
+def join(pieces: Sequence[TokenSequence]) -> TokenSequence:
+    """Several sequences as the documents of one row. What begins a document is not learnt."""
+    targets = [piece.is_target.clone() for piece in pieces]
+    for target in targets:
+        target[0] = False
+    features = [piece.features for piece in pieces if piece.features is not None]
+    return TokenSequence(
+        torch.cat([piece.ids for piece in pieces]),
+        tuple(span for piece in pieces for span in piece.spans),
+        torch.cat(targets),
+        ", ".join(piece.name or "?" for piece in pieces),
+        torch.cat(features) if features else None,
+        tuple(picture for piece in pieces for picture in piece.pixels),
+        tuple(map(len, pieces)),
+    )
+
+
+def cut(sequence: TokenSequence, start: int, end: int, *, again: bool) -> TokenSequence:
+    """Elements [start, end), which part no picture.
+
+    Args:
+        again: the first element of all stands before them, wherever they start.
+    """
+    end = min(end, len(sequence))
+    if start == 0 and end == len(sequence):
+        return sequence
+    again = again and start > 0
+    spans: list[Span] = [TextSpan(1)] if again else []
     kept: list[bool] = []
     at = 0
     for span in sequence.spans:
-        first, last = max(at, start), min(at + span.length, end)
+        length = min(at + span.length, end) - max(at, start)
         if isinstance(span, ImageSpan):
-            kept.append(first < last)
-            if kept[-1]:
-                spans.append(span)
-        else:
-            # the first token belongs to the first span of every piece
-            length = max(0, last - first) + (at == 0)
-            if length and spans and isinstance(spans[-1], TextSpan):
-                spans[-1] = TextSpan(spans[-1].length + length)
-            elif length:
-                spans.append(TextSpan(length))
+            kept.append(length > 0)
+        if length > 0 and isinstance(span, TextSpan) and spans and isinstance(spans[-1], TextSpan):
+            spans[-1] = TextSpan(spans[-1].length + length)
+        elif length > 0:
+            spans.append(span if isinstance(span, ImageSpan) else TextSpan(length))
         at += span.length
+    keep = torch.arange(start, end)
+    if again:
+        keep = torch.cat((torch.tensor([0]), keep))
     features = sequence.features
     if features is not None:
         is_feature = sequence.ids == FEATURE

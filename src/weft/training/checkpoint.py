@@ -2,8 +2,8 @@
 
     checkpoints/step_000060/  adapter.safetensors  optimizer.safetensors  state.json  manifest.json
 
-Which step reads which documents, the learning rate and the dropout are functions of the step, so there is nothing else
-to keep.
+The learning rate and the dropout are functions of the step, and which documents come next is one of where the loader
+stands, so there is nothing else to keep.
 """
 
 import json
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +38,8 @@ class Progress:
     skipped_in_a_row: int = 0
     metrics_bytes: int = 0
     """Length of `metrics.jsonl` after this step."""
+    loader: dict[str, Any] | None = None
+    """Where it stands, see `weft.data.loader.Loader.state`; None: at the start."""
 
 
 def write_checkpoint(

@@ -1,7 +1,7 @@
 """What a training recipe says. Two runs with the same recipe, data and machine write the same bytes."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -16,6 +16,7 @@ from pydantic import (
 from weft.adapters import AdapterConfig
 from weft.backbones.loading import LoadConfig
 from weft.config import Config
+from weft.data.rows import Packing, RowsConfig
 from weft.synchronizer import SynchronizerConfig
 from weft.training.objective import LossConfig
 
@@ -24,15 +25,54 @@ _OFF = BeforeValidator(lambda value: None if value == "none" else value)
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class DataConfig(Config):
-    """The documents to learn from."""
+class SetConfig(Config):
+    """One of several datasets."""
 
     path: Path
     """The folder that `weft data build` made."""
+    weight: PositiveFloat = 1.0
+    """How often its documents are drawn, in relation to those of the others."""
+
+
+class DataConfig(Config):
+    """The documents to learn from. A list in a recipe is one of datasets."""
+
+    path: Path | None = None
+    """The folder that `weft data build` made; or, instead:"""
+    sets: tuple[SetConfig, ...] = ()
+    """Several of them, mixed."""
     validation: NonNegativeFloat = 0.0
     """Documents kept from training to measure its loss on: below 1 a share of all, from 1 a number."""
     context: PositiveInt | None = None
-    """Positions of the longest sequence; longer documents are cut in parts. None: what the model has."""
+    """Positions of the longest sequence, or of every row; longer documents are cut in parts. None: what the model has.
+    """
+    packing: Packing = "none"
+    """Several documents in a row: `best_fit`, whole ones that fit; `stream`, one after the other, cut where a row is
+    full."""
+    rows: RowsConfig = RowsConfig()
+    """How they are packed."""
+    cache: Path | None = None
+    """A folder for documents as the model reads them, to encode each once for all runs."""
+    workers: NonNegativeInt = 0
+    """Threads that read and encode ahead."""
+    reshard: bool = False
+    """A run that is continued may have another number of processes than before."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_list_of_sets(cls, value: Any) -> Any:
+        return {"sets": value} if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _has_documents(self) -> Self:
+        if (self.path is None) == (not self.sets):
+            raise ValueError("data needs path, or sets: one of the two")
+        return self
+
+    @property
+    def weighted(self) -> tuple[SetConfig, ...]:
+        """All datasets."""
+        return self.sets if self.path is None else (SetConfig(path=self.path),)
 
 
 class GroupConfig(Config):
@@ -61,9 +101,9 @@ class OptimConfig(Config):
     groups: tuple[GroupConfig, ...] = ()
     """The first that matches a parameter counts."""
     batch: PositiveInt = 8
-    """Documents of one step, over all processes."""
+    """Documents of one step, or rows where they are packed, over all processes."""
     micro_batch: PositiveInt | None = None
-    """Sequences of one forward; fewer take less memory and give the same step. None: all of a step at once."""
+    """Sequences or rows of one forward; fewer take less memory and give the same step. None: all of a step at once."""
     clip: PositiveFloat = 1.0
     """Gradients are scaled down to this norm."""
 

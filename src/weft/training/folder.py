@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 PACKAGES = ("accelerate", "numpy", "peft", "pillow", "safetensors", "tokenizers", "torch", "transformers", "weft")
-FREE_KEYS = frozenset({"out", "resume", "verify"})
+FREE_KEYS = frozenset({"out", "resume", "verify", "data.cache", "data.workers", "data.reshard"})
 """Keys of a recipe that may differ when a run is continued."""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from weft.adapters import attach
@@ -20,8 +21,11 @@ from weft.adapters.gradients import backward_by_modality
 from weft.backbones import load_backbone
 from weft.backbones.base import Backbone
 from weft.backbones.trained import Parts, choose_parts, trained_parameters
-from weft.data import Dataset, open_dataset
+from weft.data import open_dataset
 from weft.data.collate import Batch, collate
+from weft.data.loader import Loaded, Loader, Share
+from weft.data.mixture import Joined, Mixture
+from weft.data.rows import Cursor, Extent, Row, planned
 from weft.errors import ConfigError, DocumentError, NonFiniteError
 from weft.layout import TokenSequence
 from weft.synchronizer import attach_synchronizer
@@ -31,7 +35,7 @@ from weft.training.examples import Examples
 from weft.training.groups import make_groups
 from weft.training.modules import learning_modules, reach, recompute
 from weft.training.objective import Losses, Objective, count_targets, evaluate_loss
-from weft.training.order import batch_of_step, derive_seed, split
+from weft.training.order import derive_seed, split
 
 MAX_SKIPPED_IN_A_ROW = 3
 VALIDATION = 2**32
@@ -47,11 +51,16 @@ class Training:
     """Its adapter is trained, for full fine-tuning too; so is a synchroniser attached to it."""
     parts: Parts
     """And these parameters of its own."""
-    dataset: Dataset
+    dataset: Joined
     examples: Examples
+    context: int
+    """Positions of the longest sequence, or of every row."""
     training: Sequence[int]
     """Numbers of the documents learnt from."""
     validation: Sequence[int]
+    order: Mixture
+    """In which they come."""
+    loader: Loader[tuple[TokenSequence, ...]]
     objective: nn.Module
     """`Objective`, possibly wrapped for several processes."""
     optimizer: torch.optim.Optimizer
@@ -86,7 +95,8 @@ class StepReport:
     skipped: bool
     """A loss or a gradient was not finite: weights and optimizer were left alone."""
     cut_documents: int
-    """Documents of this step, in this process, that were longer than the context and were cut in parts."""
+    """Documents of this step, in this process, that were longer than the context and were cut in parts; of rows, those
+    that go on in one of this step."""
     positions: int
     """Positions computed in this process, without padding."""
     seconds: float
@@ -126,14 +136,16 @@ def build(config: TrainConfig) -> Training:
             f"optim.batch = {config.optim.batch} cannot be shared by {accelerator.num_processes} processes",
             fix="use a multiple of the number of processes",
         )
-    dataset = open_dataset(config.data.path)
+    dataset = Joined([open_dataset(each.path) for each in config.data.weighted])
     training, validation = split(config.seed, len(dataset), config.data.validation)
-    if not training:
-        raise ConfigError(
-            f"of {len(dataset)} documents, {len(validation)} are kept for validation and none is left to learn from",
-            where=str(config.data.path),
-            fix="lower data.validation, or build more data",
-        )
+    sets = dataset.apart(training)
+    for own, opened, section in zip(sets, dataset.datasets, config.data.weighted, strict=True):
+        if not own:
+            raise ConfigError(
+                f"of {len(opened)} documents, {len(opened)} are kept for validation and none is left to learn from",
+                where=str(section.path),
+                fix="lower data.validation, or build more data",
+            )
     backbone = load_backbone(config.model, config.load, device=str(accelerator.device))
     if config.adapter is not None:
         attach(backbone, config.adapter, seed=config.seed)
@@ -152,8 +164,41 @@ def build(config: TrainConfig) -> Training:
     is_placed = config.load.device_map is not None or config.load.quantize is not None
     objective = accelerator.prepare(whole, device_placement=[False] if is_placed else None)
     optimizer = accelerator.prepare(optimizer)
-    examples = Examples(dataset, backbone, context)
-    return Training(config, backbone, parts, dataset, examples, training, validation, objective, optimizer, accelerator)
+    examples = Examples(dataset, backbone, context, config.data.cache)
+    order = Mixture(sets, [each.weight for each in config.data.weighted], config.seed)
+    loader = _loader(config, examples, order, context, accelerator)
+    return Training(
+        config, backbone, parts, dataset, examples, context, training, validation, order, loader, objective, optimizer,
+        accelerator,
+    )  # fmt: skip
+
+
+def _loader(
+    config: TrainConfig, examples: Examples, order: Mixture, context: int, accelerator: Accelerator
+) -> Loader[tuple[TokenSequence, ...]]:
+    data, share = config.data, Share(accelerator.process_index, accelerator.num_processes)
+
+    def extents(places: range) -> list[Extent]:
+        # every process finds out a part, and all know all
+        own = [examples.extent(order[place]) for place in places[share.rank :: share.world]]
+        return _interleaved(own, share.world) if share.world > 1 else own
+
+    def plan(cursor: Cursor) -> Iterator[tuple[Row, Cursor]]:
+        return planned(data.packing, data.rows, context, len(order), extents, cursor)
+
+    def read(row: Row) -> tuple[TokenSequence, ...]:
+        return examples.row(data.packing, row, order)
+
+    # of the same run: that data, model and recipe are those of before is checked when it is continued
+    name = f"{data.packing}, seed {config.seed}, {len(order)} documents, rows of {context}"
+    return Loader(plan, read, config.optim.batch, name, share, data.workers)
+
+
+def _interleaved(own: list[Extent], world: int) -> list[Extent]:
+    """Of every process its share -> all of them in order."""
+    shares: list[list[Extent]] = gather_object([own])
+    assert len(shares) == world
+    return [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
 
 
 def steps(training: Training) -> Iterator[StepReport]:
@@ -163,40 +208,50 @@ def steps(training: Training) -> Iterator[StepReport]:
         NonFiniteError: three steps in a row gave no finite loss and gradient; names the last one's documents.
         DocumentError: no document of a step has anything to learn.
     """
-    config, progress = training.config, training.progress
-    while progress.step < config.schedule.steps:
-        start = time.perf_counter()
-        step = progress.step + 1
-        numbers = [
-            training.training[place]
-            for place in batch_of_step(config.seed, step, config.optim.batch, len(training.training))
-        ]
-        rank, processes = training.accelerator.process_index, training.accelerator.num_processes
-        documents = [training.examples[number] for number in numbers[rank::processes]]
-        sequences = [part for parts in documents for part in parts]
-        losses, norm = _step(training, sequences, step, derive_seed(config.seed, step, rank))
-        skipped = losses is None
-        progress.step = step
-        progress.skipped += skipped
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
-        if progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"loss or gradient was not finite in steps {step - MAX_SKIPPED_IN_A_ROW + 1} to {step}",
-                where=f"documents {', '.join(part.name or '?' for part in sequences)}",
-                fix="lower optim.learning_rate, or look at these documents",
-            )
-        yield StepReport(
-            step=step,
-            steps=config.schedule.steps,
-            epoch=step * config.optim.batch / len(training.training),
-            losses=losses or Losses(None, None, 0, 0, None),
-            learning_rate=learning_rate(config.optim, config.schedule, step),
-            gradient_norm=norm,
-            skipped=skipped,
-            cut_documents=sum(len(parts) > 1 for parts in documents),
-            positions=sum(map(len, sequences)),
-            seconds=time.perf_counter() - start,
+    config, progress, loader = training.config, training.progress, training.loader
+    if progress.loader is None:  # at the start, or of a checkpoint from before there were rows
+        done = progress.step * config.optim.batch
+        loader.cursor = Cursor(done, 0, done)
+    else:
+        loader.restore(progress.loader, reshard=config.data.reshard)
+    start = time.perf_counter()
+    try:
+        for step, loaded in zip(range(progress.step + 1, config.schedule.steps + 1), loader, strict=False):
+            yield _report(training, step, loaded, start)
+            start = time.perf_counter()
+    finally:
+        training.examples.flush()
+
+
+def _report(training: Training, step: int, loaded: Loaded[tuple[TokenSequence, ...]], start: float) -> StepReport:
+    """Do one step, which was begun at `start`."""
+    config, progress, loader = training.config, training.progress, training.loader
+    sequences = [part for parts in loaded.read for part in parts]
+    seed = derive_seed(config.seed, step, training.accelerator.process_index)
+    losses, norm = _step(training, sequences, step, seed)
+    skipped = losses is None
+    progress.step, progress.loader = step, loader.state()
+    progress.skipped += skipped
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+    if progress.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        raise NonFiniteError(
+            f"loss or gradient was not finite in steps {step - MAX_SKIPPED_IN_A_ROW + 1} to {step}",
+            where=f"documents {', '.join(part.name or '?' for part in sequences)}",
+            fix="lower optim.learning_rate, or look at these documents",
         )
+    return StepReport(
+        step=step,
+        steps=config.schedule.steps,
+        epoch=loader.cursor.documents / len(training.order),
+        losses=losses or Losses(None, None, 0, 0, None),
+        learning_rate=learning_rate(config.optim, config.schedule, step),
+        gradient_norm=norm,
+        skipped=skipped,
+        cut_documents=sum(len(parts) > 1 for parts in loaded.read)
+        + sum(piece.start > 0 for row in loaded.rows for piece in row.pieces),
+        positions=sum(map(len, sequences)),
+        seconds=time.perf_counter() - start,
+    )
 
 
 def validate(training: Training) -> Losses:
@@ -279,8 +334,9 @@ def _backward(training: Training, losses: Tensor) -> None:
 
 def _batches(training: Training, sequences: Sequence[TokenSequence]) -> Iterator[Batch]:
     size = training.config.optim.micro_batch or training.config.optim.batch
+    isolated = training.config.data.rows.attention == "isolated"
     for start in range(0, len(sequences), size):
-        batch = collate(sequences[start : start + size], training.backbone.tokens.pad)
+        batch = collate(sequences[start : start + size], training.backbone.tokens.pad, isolated=isolated)
         yield batch.to(training.accelerator.device)
 
 

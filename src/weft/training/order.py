@@ -1,27 +1,13 @@
-"""Which documents make up which step: pure functions of the seed, so that a resumed run needs no replay.
-
-Built on Philox, whose raw stream numpy keeps the same between versions.
+"""Which documents are kept for validation, and from what random numbers are drawn: pure functions of the seed, so that
+a resumed run needs no replay. In which order documents are learnt from is in `weft.data.mixture`.
 """
-
-from functools import lru_cache
 
 import numpy as np
 
+from weft.data.mixture import permutation
+
 _SPLIT = 2**63
-"""The stream that chooses validation documents; epochs count from 0 and never reach it."""
-
-
-@lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    """The numbers below `count` in the order of one epoch."""
-    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
-    return tuple(np.argsort(keys, kind="stable").tolist())
-
-
-def batch_of_step(seed: int, step: int, batch: int, count: int) -> list[int]:
-    """Places, among `count` documents, of those that step 1, 2, ... learns from; an epoch has each exactly once."""
-    places = range((step - 1) * batch, step * batch)
-    return [permutation(seed, place // count, count)[place % count] for place in places]
+"""The stream that chooses validation documents; no other reaches it."""
 
 
 def split(seed: int, count: int, validation: float) -> tuple[list[int], list[int]]:

@@ -14,10 +14,10 @@ from weft.adapters import MossConfig
 from weft.adapters.layer import MossLinear
 from weft.adapters.routing import route
 from weft.backbones.base import Backbone
+from weft.data.rows import Packing, best_fit, stream, utilisation
 from weft.layout import Modality, ModalityLayout, TokenSequence, lay_out
 from weft.training.config import TrainConfig
 from weft.training.loop import Training, build, steps
-from weft.training.order import batch_of_step
 
 MEASURED_STEPS = 3
 
@@ -72,6 +72,24 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class RowFigures:
+    """How the first documents that would be learnt from are packed, as many as are looked at together."""
+
+    packing: Packing
+    length: int
+    documents: int
+    rows: int
+    utilisation: float
+    """The share of their positions that hold an element."""
+    alone: float
+    """The same with one document in a row."""
+    most_pictures: int
+    """In one row."""
+    left: int
+    """Documents, or parts of them, in no row: too long, without a picture, or at the end of the stream."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Figures are of this machine; memory and time are measured on the first steps."""
 
@@ -86,6 +104,8 @@ class Plan:
     """Of the process, or of the GPU's memory."""
     seconds_per_step: float
     steps: int
+    rows: RowFigures | None
+    """None: documents are not packed."""
 
     @property
     def seconds(self) -> float:
@@ -100,7 +120,7 @@ def make_plan(config: TrainConfig) -> Plan:
         WeftError: whatever would stop the run itself at its start.
     """
     training = build(config)
-    first = training.training[batch_of_step(config.seed, 1, config.optim.batch, len(training.training))[0]]
+    first = training.order[0]
     sequence = training.examples[first][0]
     reports = list(islice(steps(training), MEASURED_STEPS))
     trained = training.parameters
@@ -117,6 +137,29 @@ def make_plan(config: TrainConfig) -> Plan:
         # the first step also warms up
         seconds_per_step=statistics.median(report.seconds for report in reports[-2:]),
         steps=config.schedule.steps,
+        rows=None if config.data.packing == "none" else _figures(training),
+    )
+
+
+def _figures(training: Training) -> RowFigures:
+    data, length = training.config.data, training.context
+    window = min(data.rows.window, len(training.order))
+    extents = [training.examples.extent(training.order[place]) for place in range(window)]
+    most = data.rows.max_images
+    if data.packing == "stream":
+        packed = stream(extents, length, max_images=most, cut=data.rows.cut)
+    else:
+        packed = best_fit(extents, length, max_images=most, long=data.rows.long)
+    rows = [row for row in packed.rows if row.pictures or data.rows.without_images == "keep"]
+    return RowFigures(
+        packing=data.packing,
+        length=length,
+        documents=window,
+        rows=len(rows),
+        utilisation=utilisation(rows, length),
+        alone=sum(min(extent.length, length) for extent in extents) / (window * length),
+        most_pictures=max((row.pictures for row in rows), default=0),
+        left=len(packed.left) + sum(len(row.pieces) for row in packed.rows) - sum(len(row.pieces) for row in rows),
     )
 
 
