@@ -17,6 +17,8 @@ import errno
 import functools
 import io
 import os
+import re
+import stat
 import threading
 import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -32,6 +34,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 89_000_000
 _PNG = b"\x89PNG\r\n\x1a\n"
+_UNUSUAL = re.compile(r"[\\:\0]|\.\.")
+"""In a path: what may lead out of a folder, on some system."""
 _OPENING = threading.Lock()
 
 
@@ -96,14 +100,18 @@ def read_image(root: Path, relative: str, *, where: str | None = None) -> bytes:
         ImageError: there is no such file (image_missing), it may not be read (image_unreadable) or has too many bytes
             (image_bytes).
     """
-    file = inside(root, relative, where=where)
+    file = _inside(root, relative, where)
     at = where or str(root)
     try:
-        if not file.is_file():
+        try:
+            status = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            status = None
+        if status is None or not stat.S_ISREG(status.st_mode):
             raise ImageError(f"image {relative} does not exist", where=at, reason="image_missing")
-        if file.stat().st_size > MAX_BYTES:
+        if status.st_size > MAX_BYTES:
             raise ImageError(f"image {relative} has more than {MAX_BYTES:,} bytes", where=at, reason="image_bytes")
-        return file.read_bytes()
+        return Path(file).read_bytes()
     except OSError as error:
         is_no_name = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
         raise ImageError(
@@ -115,19 +123,44 @@ def read_image(root: Path, relative: str, *, where: str | None = None) -> bytes:
 
 def inside(root: Path, relative: str, *, where: str | None = None) -> Path:
     """`root / relative`, if that stays inside `root`; links are followed and checked."""
-    windows = PureWindowsPath(relative)
-    climbs = ".." in windows.parts or ".." in PurePosixPath(relative).parts
-    if "\0" in relative or climbs or windows.drive or windows.is_absolute() or os.path.isabs(relative):
+    return Path(_inside(root, relative, where))
+
+
+def _inside(root: Path, relative: str, where: str | None) -> str:
+    # strings, and a path that holds nothing unusual is looked at once: this is done for every picture
+    is_plain = not relative.startswith("/") and _UNUSUAL.search(relative) is None
+    if not is_plain and _leaves(relative):
         raise PathError(
             f"path {relative!r} leaves the folder of its document",
             where=where,
             fix="use a path relative to that folder",
         )
-    file = Path(root) / relative
+    if is_plain and _has_no_link(root, relative):
+        return f"{os.fspath(root)}/{relative}"
+    file = os.fspath(Path(root) / relative)
     # not Path.resolve, which raises where links form a loop
     if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)):
         raise PathError(f"path {relative!r} leads out of its folder through a link", where=where)
     return file
+
+
+def _leaves(relative: str) -> bool:
+    windows = PureWindowsPath(relative)
+    climbs = ".." in windows.parts or ".." in PurePosixPath(relative).parts
+    return "\0" in relative or climbs or bool(windows.drive) or windows.is_absolute() or os.path.isabs(relative)
+
+
+def _has_no_link(root: Path, relative: str) -> bool:
+    """Whether every step from `root` to the file is there and no link: then it lies inside, and most do."""
+    at = os.fspath(root)
+    try:
+        for name in relative.split("/"):
+            at = f"{at}/{name}"
+            if stat.S_ISLNK(os.lstat(at).st_mode):
+                return False
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def encode_png(picture: "PILImage.Image") -> bytes:

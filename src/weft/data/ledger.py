@@ -110,10 +110,13 @@ def check_rows(rows: int, tally: Tally) -> None:
         raise WeftError(f"the counts do not add up: {rows} rows were written for {tally.kept.records} kept documents")
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
 def entry_of(drop: Drop, source: int, form: str | None) -> dict[str, Any]:
     """What the ledger says of a drop: the number of its source and the format come first."""
     return {"source": source, "format": form, **drop.to_json()}
 
 
 def line_of(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+    return _ENCODER.encode(entry).encode() + b"\n"

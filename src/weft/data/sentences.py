@@ -22,7 +22,7 @@ _WORD = re.compile(rf"{_LETTER}|(?:(?!{_LETTER})\w)+(?:['’](?!{_LETTER})\w+)?"
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text, without the space around them. A text that is not blank has at least one."""
-    return [piece for piece in (text[start:end].strip() for start, end in _spans(text)) if piece]
+    return [piece for start, end in _spans(text) if (piece := text[start:end].strip())]
 
 
 def words(text: str) -> list[str]:

@@ -86,10 +86,10 @@ def _looked_at(document: Document, listed: _Listed, max_bits: int) -> Outcome:
 
 def _look(data: bytes) -> int | None:
     """None for pictures that cannot be decoded, or that show too little to be told from others."""
-    from weft.scorers import HASHED, difference_hash, tells_apart
+    from weft.scorers import difference_hash, tells_apart
 
     try:
-        look = difference_hash(decode_image(data, least=HASHED))
+        look = difference_hash(decode_image(data))
     except ImageError:
         return None
     return look if tells_apart(look) else None
