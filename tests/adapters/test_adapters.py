@@ -204,6 +204,7 @@ def test_saved_and_loaded_in_a_fresh_process_gives_equal_outputs(tmp_path):
     assert torch.equal(load_file(out)["out"], run(backbone, lay_out(BATCHES["several pictures"])))
 
 
+@pytest.mark.slow
 def test_saved_bytes_do_not_depend_on_the_process(tmp_path):
     folders = []
     for seed in ("1", "2"):

@@ -204,6 +204,7 @@ def test_swapped_branches_are_named_by_their_shape(folder, capsys):
     )
 
 
+@pytest.mark.slow
 def test_swapped_branches_of_one_shape_are_found_by_what_was_trained():
     backbone = trained("moe_lora")
     save_adapter(backbone, Path("swapped"))

@@ -71,7 +71,7 @@ def test_a_conversation_from_a_file_and_text_from_standard_input(monkeypatch, ca
         (["nine", "hello"], 2, "no model 'nine'"),
         (["nano", ""], 2, "the prompt is empty"),
         (["nano", "hello", "--image", "absent.png"], 1, "absent.png does not exist"),
-        (["nano", "hello", "--image", "cut.png"], 1, "damaged or truncated"),
+        (["nano", "hello", "--image", "cut.png"], 1, "image is truncated"),
         (["nano", "hello", "--out", "full"], 2, "not an empty folder"),
         (["nano", "hello", "--html", "full"], 2, "names a folder"),
         (["nano", "hello", "--html", "a", "--out", "b"], 2, "both say where"),

@@ -46,7 +46,12 @@ def write_documents() -> None:
     Path("documents.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for _ in range(4)) + "\n")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def some(quick):
+    """All families; those that are not named only with the slow tests."""
+    return [pytest.param(family, marks=() if family in quick else pytest.mark.slow) for family in FAMILIES]
+
+
+@pytest.mark.parametrize("family", some(("chameleon", "emu2", "mm_interleaved")))
 def test_a_folder_is_trained_on_and_answers(family, capsys):
     model = write(family)
     write_documents()
@@ -73,7 +78,7 @@ def test_weights_may_be_held_in_half_precision(capsys):
     assert "CUDA" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(("chameleon",)))
 def test_an_adapter_is_trained_on_weights_in_half_precision(family, capsys):
     model = write(family)
     write_documents()

@@ -1,7 +1,7 @@
 """What enters a stage is kept or dropped by it, at each stage and in all; to lose count is an error, not a gap."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.data.corpus import chat, line, write
@@ -59,6 +59,7 @@ stages = st.lists(st.lists(st.sampled_from(ACTS), min_size=1, max_size=5), min_s
 
 @settings(max_examples=150, deadline=None)
 @given(records, stages, st.integers(1, 12))
+@example([(1, 0, 0, False)], [["text"], ["write"], ["text"]], 1)
 def test_whatever_stages_do_the_sums_hold_at_each_and_in_all(drawn, draws, window):
     read = [record_of(i, *each) for i, each in enumerate(drawn)]
     named = [(f"stage {i}", stage_of(each, "alone")) for i, each in enumerate(draws)]

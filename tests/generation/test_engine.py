@@ -58,7 +58,9 @@ BATCHES = {"none": 110, "lora": 20, "moe_lora": 30, "moss": 40}
 """Randomised batches for each kind of adapter, 200 in all."""
 
 
-@pytest.fixture(scope="module", params=BATCHES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(k, marks=() if k == "moss" else pytest.mark.slow) for k in BATCHES]
+)
 def adapter(request):
     return request.param
 

@@ -84,6 +84,7 @@ def test_resumed_is_uninterrupted_and_twice_is_the_same(pretraining, tmp_path):
     assert all(end == ends[0] for end in ends[1:])
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(driver, pretraining, tmp_path):  # noqa: F811
     def new(name):
         (tmp_path / name).mkdir()

@@ -262,7 +262,9 @@ def short_mm(name: str, documents: Path, out: Path) -> list[str]:
     return [str(file_of(name)), *(word for key, value in changed.items() for word in (f"--{key}", str(value)))]
 
 
-@pytest.mark.parametrize("name", MM)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "mm_pretrain" else pytest.mark.slow) for name in MM]
+)
 def test_an_mm_recipe_runs_to_its_parts(name, documents, tmp_path):
     from safetensors.torch import load_file
 

@@ -106,6 +106,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(driver, recipe_in, tmp_path):
     def new(name):
         (tmp_path / name).mkdir()
@@ -135,6 +136,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(driver, 
     assert finish(killed) == whole
 
 
+@pytest.mark.slow
 def test_a_fresh_process_has_the_last_word(recipe):
     config = recipe(verify=True, schedule={"steps": 4, "warmup": 1}, **BOTH)
     list(train(config))

@@ -36,8 +36,10 @@ FAMILIES = {
 }
 """Those with released checkpoints."""
 
-BUNDLED = ("tiny", "nano")
-"""`tiny` is trained and ships with the package; `nano` is random and instant, for tests."""
+BUNDLED = ("tiny", "tiny-mm", "nano")
+"""`tiny` is trained and ships with the package, `tiny-mm` too, an MM-Interleaved; `nano` is random and instant, for
+tests."""
+_TINY_MM = Path(__file__).parent / "mm_interleaved" / "tiny"
 NANO = {f"nano-{family}": family for family in FAMILIES}
 """Random and instant, one of each family, to try things out: what works with one works with its real likes."""
 
@@ -58,7 +60,10 @@ def load_backbone(name: str, load: LoadConfig = LoadConfig(), *, device: str = "
     if known in NANO:
         return FAMILIES[NANO[known]].load_module().nano().to(options.device)
     from weft.backbones import tiny
+    from weft.backbones.checkpoint import Checkpoint
 
+    if known == "tiny-mm":
+        return FAMILIES["mm_interleaved"].load_module().load(Checkpoint.open(_TINY_MM), known, options)
     if known in BUNDLED:
         return tiny.load(known).to(options.device)
     if not Path(name).exists() and "/" not in name:
@@ -68,7 +73,6 @@ def load_backbone(name: str, load: LoadConfig = LoadConfig(), *, device: str = "
             where="MODEL",
             fix=f"did you mean {near[0]}?" if near else f"use one of {', '.join(BUNDLED)}, or the folder of a model",
         )
-    from weft.backbones.checkpoint import Checkpoint
     from weft.backbones.hub import find
 
     found = find(name, revision=load.revision)

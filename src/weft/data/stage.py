@@ -208,9 +208,13 @@ def run_window(
                 raise WeftError(
                     f"stage {name} took parts of document {document.id} without naming them", where=record.file
                 )
-            drops[i] += _placed(record, name, document.id, losses, before - Count(0, record.added, 0))
+            readable = before - Count(0, record.added, 0)
+            placed = _placed(record, name, document.id, losses, readable)
+            # texts that go when none that was read is left are ones that a stage had written: nothing of the source
+            written = max(0, sum(drop.count.texts for drop in placed) - readable.texts)
+            drops[i] += _without_texts(placed, written)
             documents[i] = after
-            taken[i] = replace(record, added=record.added + wrote.texts)
+            taken[i] = replace(record, added=record.added + wrote.texts - written)
     return [Processed(*item) for item in zip(taken, documents, map(tuple, drops), strict=True)]
 
 
@@ -240,6 +244,13 @@ def _outcomes(name: str, stage: AnyStage, left: Sequence[tuple[int, Document]], 
 
 def _placed(record: Record, stage: str, identity: str | None, losses: Sequence[Loss], whole: Count) -> list[Drop]:
     return [Drop(loss, stage, record.file, record.line, identity, _size(loss, whole)) for loss in losses]
+
+
+def _without_texts(drops: list[Drop], number: int) -> list[Drop]:
+    """The same, the last `number` of single texts among them with nothing to count."""
+    of_texts = [i for i, drop in enumerate(drops) if drop.count == Count(texts=1)]
+    free = set(of_texts[len(of_texts) - number :])
+    return [replace(drop, count=Count()) if i in free else drop for i, drop in enumerate(drops)]
 
 
 def _total(losses: Iterable[Loss], whole: Count) -> Count:
