@@ -48,6 +48,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.causal_conv --quick
 	$(BIN)/python -m benchmarks.adapters --quick
 	$(BIN)/python -m benchmarks.decode --quick
+	$(BIN)/python -m benchmarks.mmfs --quick
+	$(BIN)/python -m benchmarks.data --quick
+	$(BIN)/python -m benchmarks.metrics
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -20,7 +20,7 @@ from weft.errors import UsageError, WeftError
 
 VERBS = {
     "demo": ("weft.cli.demo:demo", "Data, training, stories, scores and a report, on this machine, in minutes."),
-    "data": ("weft.cli.data:app", "Build, check and view training data made of illustrated documents."),
+    "data": ("weft.cli.data:app", "Build, check, view, import and export training data made of illustrated documents."),
     "train": ("weft.cli.train:train", "Teach a model to answer with text and pictures, as a recipe says."),
     "generate": ("weft.cli.generate:generate", "Answer a prompt of text and pictures with text and pictures."),
     "eval": ("weft.cli.evaluate:app", "Answer a benchmark, score the answers, compare models, and report."),

@@ -1,4 +1,7 @@
-"""`weft data build | check | view | funnel | stats | sniff`: documents in, a dataset out, and a look at either."""
+"""`weft data build | check | view | funnel | stats | sniff | calibrate | fetch | redact | import | export`.
+
+Documents in, a dataset out, and a look at either.
+"""
 
 import json
 from collections.abc import Callable, Collection, Iterator
