@@ -3,18 +3,22 @@
 A block under `<!-- not run: reason -->` is not run. Its `weft` lines must still parse, and its `make` targets exist.
 """
 
+import functools
+import importlib
 import os
 import re
 import shlex
-import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
 from cyclopts import CycloptsError
 from markdown_it import MarkdownIt
 
-from weft.cli import build_app, explain
+from weft.backbones import load_backbone
+from weft.cli import build_app, explain, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,6 +53,42 @@ def check_spelling(words: list[str]) -> None:
             assert declared, f"the Makefile has no target {target}"
 
 
+@functools.cache
+def preload() -> None:
+    """What most commands import, which takes longer than what they do; a fork has it already."""
+    load_backbone("nano")
+    for module in ("weft.training", "weft.generation", "weft.data.build", "weft.adapters.inspection"):
+        importlib.import_module(module)
+
+
+def run_command(words: list[str], folder: Path) -> tuple[int, str]:
+    """Exit status and output of `weft` in a process that is forked, not started."""
+    preload()
+    with tempfile.TemporaryFile() as said:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                for stream in (1, 2):
+                    os.dup2(said.fileno(), stream)
+                sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+                os.chdir(folder)
+                os.environ["COLUMNS"] = "100"
+                main(words)
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said.seek(0)
+        return status, said.read().decode(errors="replace")
+
+
 def check_page(text: str, folder: Path) -> int:
     """Run a page's examples in `folder`, python in one namespace; how many blocks there were."""
     namespace: dict[str, object] = {}
@@ -63,11 +103,8 @@ def check_page(text: str, folder: Path) -> int:
         for words in commands(code):
             check_spelling(words)
             if is_run and words[0] == "weft":
-                run = [sys.executable, "-m", "weft.cli", *words[1:]]
-                done = subprocess.run(
-                    run, cwd=folder, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"}
-                )
-                assert done.returncode == 0, f"line {line}: {shlex.join(words)}\n{done.stderr}"
+                code, said = run_command(words[1:], folder)
+                assert code == 0, f"line {line}: {shlex.join(words)}\n{said}"
             elif is_run and words[0] != "make":  # what make does is run by the checks themselves
                 raise AssertionError(f"line {line}: {words[0]} is not run here; say why with <!-- not run: ... -->")
     return count
