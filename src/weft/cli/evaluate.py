@@ -1,7 +1,7 @@
-"""`weft eval run | score | aggregate | compare | duel | verify | report | export | list`: answers, numbers, tables."""
+"""`weft eval run | score | aggregate | compare | duel | verify | report | export | miniature | list`: numbers."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -300,6 +300,50 @@ def export(folder: Path, to: Literal["opening", "lmms-eval", "vlmevalkit", "part
     print(export_predictions(folder, to, out))
 
 
+@app.command
+def miniature(
+    *,
+    budget: str = "quick",
+    out: Path | None = None,
+    workers: int | None = None,
+    json_output: Json = False,
+) -> None:
+    """See whether the papers' claims hold in the drawn world, with the tiny generalist: one report with a verdict each.
+
+    Full fine-tuning, LoRA, MoE-LoRA, SAM-ConvLoRA and MoSS on the same stories, at equal rank and at equal parameters;
+    `full` adds ranks, kernels, routing, a shuffled order of patches, and pictures as other codes and as vectors. The
+    same command goes on where it was stopped.
+
+    Parameters
+    ----------
+    budget: str
+        `quick`: the main arms, two seeds, a quarter of an hour on four cores. `full`: everything, a night. Or the file
+        of a recipe; see recipes/miniature_locality.yaml.
+    out: Path | None
+        The folder of the runs and of the report; by default one in runs/miniature.
+    workers: int | None
+        Processes of one thread each; by default as many as there are cores.
+    json_output: bool
+        Print the report for programs.
+    """
+    from weft.evaluation.miniature.run import run_miniature
+
+    if workers is not None and workers < 1:
+        raise UsageError("at least one process works", where="weft eval miniature", fix="--workers 1 or more")
+    place = out or Path("runs/miniature") / Path(budget).stem
+    with _status() as say:
+        found = run_miniature(place, budget, workers=workers, say=say)
+    if json_output:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    rows = [
+        (name, claim["verdict"], f"{claim['estimate']:+.4f}", "[{:+.4f}, {:+.4f}]".format(*claim["interval"]))
+        for name, claim in found["claims"].items()
+    ]
+    _table(("claim", "verdict", "estimate", "95 %"), rows)
+    print(place / "report.html")
+
+
 @app.command(name="list")
 def list_(what: Literal["tasks", "metrics"] = "tasks", *, json_output: Json = False) -> None:
     """The tasks with the files they read, or the metrics with the weights they need.
@@ -382,6 +426,22 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     for row in (heads, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@contextmanager
+def _status() -> "Iterator[Callable[[str], None]]":
+    """A status line on a terminal; in a log every line."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+
+        def say(line: str) -> None:
+            status.update(line)
+            if not console.is_terminal:
+                console.print(line)
+
+        yield say
 
 
 @contextmanager

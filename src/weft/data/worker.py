@@ -8,6 +8,7 @@ be left to say so.
 import errno
 import faulthandler
 import functools
+import gc
 import itertools
 import mmap
 import signal
@@ -16,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -109,7 +111,7 @@ class Worker:
         stages, identity = self._stages, job.chunk.identity
         watch = Watch(self.folder.running(identity), self.record_seconds, _Ending if self.is_own_process else _Alarm)
         try:
-            with watch, self.folder.write(job.chunk) as part:
+            with _uncollected(), watch, self.folder.write(job.chunk) as part:
                 for item in _guarded(self._processed(job, stages, watch)):
                     watch.step("write")
                     part.add(item)
@@ -276,6 +278,19 @@ class Watch:
         self._clock.close()
         self._map.close()
         _remove(self._file)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles for the length of a unit: documents have none, and looking for them in all that
+    is imported took a sixth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def post_mortem(file: Path, cause: str) -> Failed:
