@@ -301,7 +301,9 @@ def llama(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(k, marks=() if k == "root of the rank" else pytest.mark.slow) for k in CHOICES]
+)
 def test_stock_peft_loads_the_export_without_weft_and_gives_the_same_on_text(name, llama, tmp_path):
     model = get_peft_model(LlamaForCausalLM.from_pretrained(llama), MossConfig(**CHOICES[name])).eval()
     generator = torch.Generator().manual_seed(1)

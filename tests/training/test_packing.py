@@ -256,7 +256,7 @@ def packed(recipe, documents, others):
     return make
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "stream"])
+@pytest.mark.parametrize("packing", ["best_fit", pytest.param("stream", marks=pytest.mark.slow)])
 def test_resumed_is_uninterrupted(packed, tmp_path, results, packing):
     ends = []
     for cut_after, workers, cache in ((None, 0, None), (1, 2, None), (4, 3, tmp_path / "cache")):
