@@ -166,7 +166,6 @@ def test_an_interrupt_is_the_builds_to_answer_not_the_workers(tmp_path, source):
     assert contents(tmp_path / "out") == wanted
 
 
-@pytest.mark.slow  # depends on when the signal comes
 def test_an_interrupted_build_stops_its_workers_and_leaves_no_dataset(tmp_path, source):
     file, wanted = source
     running = start_build(tmp_path, file, "processes")

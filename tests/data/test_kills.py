@@ -158,7 +158,6 @@ def kill_and_rerun(stub, tmp_path, seed, kind):
     return sum(before.values()), len(again)
 
 
-@pytest.mark.slow  # depends on when the kill comes
 def test_killed_while_it_asks_it_does_not_ask_again(stub, tmp_path):
     sent, _ = kill_and_rerun(stub, tmp_path, 3, "serial")
     assert sent > 0
