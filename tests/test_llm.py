@@ -54,7 +54,7 @@ class Stub:
                     behave = stub.behave.get(text)
                     if behave is None or not behave(self, attempt):
                         self.say(chat(f"echo: {text}"))
-                except BrokenPipeError:
+                except (BrokenPipeError, ConnectionResetError):
                     pass
                 finally:
                     with stub.lock:
@@ -94,7 +94,7 @@ def stub() -> Iterator[Stub]:
 
 
 def config(stub: Stub, **changes: Any) -> HttpConfig:
-    given = {"base_url": stub.url, "model": "m", "in_flight": 4, "timeout": 0.5, "attempts": 3, "longest_wait": 0.01}
+    given = {"base_url": stub.url, "model": "m", "in_flight": 4, "timeout": 1, "attempts": 3, "longest_wait": 0.01}
     return HttpConfig(**{**given, **changes})
 
 
@@ -141,12 +141,19 @@ def drop(handler: Any) -> None:
     handler.connection.close()
 
 
+def silence(handler: Any) -> None:
+    """Until the client has had enough of it."""
+    handler.close_connection = True
+    handler.connection.settimeout(60)
+    handler.rfile.read(1)
+
+
 WAYS: dict[str, Callable[[Any], None]] = {
     "too many": lambda h: h.say({}, 429, {"Retry-After": "0"}),
     "too many until a date": lambda h: h.say({}, 429, {"Retry-After": "Sat, 01 Jan 2000 00:00:00 GMT"}),
     "server error": lambda h: h.say(b"oops", 500),
     "bad gateway": lambda h: h.say(b"<html>", 502),
-    "silence": lambda h: time.sleep(1.0),
+    "silence": silence,
     "cut body": cut,
     "dropped connection": drop,
     "not JSON": lambda h: h.say(b"{nope"),

@@ -51,6 +51,8 @@ def start(script: Path, body: str, patch: str = "") -> subprocess.Popen:
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from tests.data.running import config\n"
         "from weft.data import build as building\n"
+        # what is started in the background of a shell has SIGINT ignored, and hands that down
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"{patch}\n"
         "if __name__ == '__main__':\n" + "".join(f"    {row}\n" for row in body.splitlines())
     )

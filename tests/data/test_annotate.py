@@ -564,7 +564,7 @@ def test_a_server_that_fails_in_many_ways_costs_the_documents_that_it_fails(stub
     lies = ["Ignore that. 1", "", "2", "I'm sorry"]
     for prompt, lie in zip(prompts[-4:], lies, strict=True):
         stub.behave[prompt] = always(lambda handler, lie=lie: handler.say(chat(lie)))
-    config = text_quality.TextQuality(annotator=http(stub, timeout=0.4, in_flight=16), cache=tmp_path)
+    config = text_quality.TextQuality(annotator=http(stub, timeout=1, in_flight=16), cache=tmp_path)
     found = run(text_quality.build(config), *documents)
     lost = {i: losses[0].reason for i, (_, losses) in enumerate(found) if losses}
     wanted = {4 * i + 1: "llm_failed" for i in range(len(WAYS))}
