@@ -7,8 +7,8 @@ without, and Emu3's `generate` with `prefix_allowed_tokens_fn`, without guidance
 sides take turns, each from the prompts' ids to the last code. Pixels are made by neither.
 
 The last line is JSON, our picture tokens per second over theirs: medians over rounds. Every figure's quartiles, the
-share of a step that is spent outside the decoder stack, the time of the stack's matrix products alone, and what MoSS
-of rank 64 costs in the same decoding go to `--out FILE`.
+share of a step that is spent outside the decoder stack, the time of the stack's matrix products alone, and what
+adapters of rank 64 cost in a wider stack (not with `--quick`) go to `--out FILE`.
 """
 
 import argparse
@@ -61,6 +61,7 @@ class Size:
     """Of so many prompts the codes are compared alone too, of all in the batch."""
 
 
+WIDE = Size(2048, 5632, 4, 16, side=8, rounds=6, alone=0)
 FULL = Size(512, 1408, 8, 8, side=16, rounds=4, alone=len(PROMPTS))
 QUICK = Size(512, 1408, 8, 8, side=12, rounds=3, alone=2)
 
@@ -288,12 +289,12 @@ def race(pair: Pair, one: Ours, many: Ours, rounds: int) -> dict[str, list[Sampl
     return samples
 
 
-def adapted(backbone: Any) -> Any:
-    """A second backbone over the same weights, with MoSS of rank 64 attached."""
+def adapted(backbone: Any, kind: str) -> Any:
+    """A second backbone over the same weights, with adapters of rank 64 attached."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())}
     memo[id(backbone.tokenizer)] = backbone.tokenizer
     model = copy.deepcopy(backbone, memo)
-    attach(model, AdapterConfig(kind="moss", rank=64))
+    attach(model, AdapterConfig.model_validate({"kind": kind, "rank": 64}))
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter_parameters(model).values():
         nn.init.normal_(parameter, std=0.01, generator=generator)
@@ -301,17 +302,20 @@ def adapted(backbone: Any) -> Any:
     return model
 
 
-def moss_cost(pair: Pair, rounds: int) -> dict[str, Any]:
-    """Time of a picture token with adapters over that without."""
-    model, found = adapted(pair.backbone), {}
+def adapters(size: Size) -> dict[str, Any]:
+    """Time of a picture token with one adapter over that with another, or with none, on a stack as wide as that of
+    `benchmarks.adapters`, whose picture tokens of the same ranks and batches these figures stand beside."""
+    pair, found = janus_pair(size), {}
+    models = {"none": pair.backbone, **{kind: adapted(pair.backbone, kind) for kind in ("lora", "moss")}}
     for requests in (1, len(PROMPTS)):
-        arms = [Ours(each, pair.config, requests) for each in (pair.backbone, model)]
-        ratios = []
-        for turn in range(rounds + 1):
-            order = arms if turn % 2 == 0 else arms[::-1]
-            speeds = {id(arm): arm.time(PROMPTS[-requests:]).speed for arm in order}
-            ratios.append(speeds[id(arms[0])] / speeds[id(arms[1])])
-        found[f"b{requests}"] = summary(ratios[1:])  # the first fills caches
+        arms = {name: Ours(model, pair.config, requests) for name, model in models.items()}
+        speeds: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(size.rounds + 1):
+            for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
+                speeds[name].append(arms[name].time(PROMPTS[-requests:]).speed)
+        for one, other in (("moss", "lora"), ("lora", "none"), ("moss", "none")):
+            pairs = list(zip(speeds[other], speeds[one], strict=True))[1:]  # the first fills caches
+            found[f"b{requests}_{one}_over_{other}"] = summary([slower / faster for slower, faster in pairs])
     return found
 
 
@@ -360,7 +364,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller pictures, fewer rounds, no adapters")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write all figures to this file")
-    parser.add_argument("--only", choices=["janus", "emu3"], help="for tuning: one family")
+    parser.add_argument("--only", choices=["janus", "emu3", "adapters"], help="for tuning: one part")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     size = QUICK if args.quick else FULL
@@ -370,19 +374,25 @@ def main() -> None:
         if args.only in (None, name):
             pair = make(size)
             results[name] = measure(name, pair, size)
-            if not args.quick:
-                results[name]["moss_r64_cost"] = moss_cost(pair, size.rounds // 2)
-    table = Table("", "theirs /s", "ours b1 /s", "ours b8 /s", "b1", "b8", "outside b1", "outside b8", "MoSS b1", "b8")
+            del pair
+    table = Table("", "theirs /s", "ours b1 /s", "ours b8 /s", "b1", "b8", "outside b1", "outside b8")
     for name, found in results.items():
         speeds = (f"{found[f'{arm}_tokens_per_second']['median']:.1f}" for arm in ("theirs", "b1", "b8"))
         ratios = (f"{found[key]['median']:.2f}" for key in ("b1", "b8", "b1_outside_stack", "b8_outside_stack"))
-        table.add_row(
-            name, *speeds, *ratios, *(f"{cost['median']:.2f}" for cost in found.get("moss_r64_cost", {}).values())
-        )
-    Console().print(table)
+        table.add_row(name, *speeds, *ratios)
+    console = Console()
+    console.print(table)
+    attached = {}
+    if not args.quick and args.only in (None, "adapters"):
+        attached = adapters(WIDE)
+        costs = Table("a picture token with adapters of rank 64", "ratio")
+        for figure, cost in attached.items():
+            costs.add_row(figure.replace("_", " "), f"{cost['median']:.3f} ({cost['q1']:.3f} to {cost['q3']:.3f})")
+        console.print(costs)
     if args.out:
         header = {"size": asdict(size), "threads": args.threads, "torch": torch.__version__}
-        args.out.write_text(json.dumps({**header, **results}, indent=2) + "\n")
+        wide = {"adapters": {"size": asdict(WIDE), **attached}} if attached else {}
+        args.out.write_text(json.dumps({**header, **results, **wide}, indent=2) + "\n")
     print(
         json.dumps({f"{name}_{arm}": found[arm]["median"] for name, found in results.items() for arm in ("b1", "b8")})
     )

@@ -10,6 +10,7 @@ business of `images.py`.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
@@ -63,8 +64,7 @@ class Document:
 
     @property
     def parts(self) -> Iterator[Part]:
-        for turn in self.turns:
-            yield from turn.parts
+        return itertools.chain.from_iterable([turn.parts for turn in self.turns])
 
     @property
     def images(self) -> Iterator[Image]:

@@ -139,6 +139,7 @@ def test_an_adapter_that_was_never_trained_is_visible(folder, capsys):
     assert json.loads(capsys.readouterr().out)["idle"] == ["image"]
 
 
+@pytest.mark.usefixtures("started_processes")
 def test_verify_loads_in_a_fresh_process_and_reproduces_every_bit(folder, capsys):
     change(folder, zero(["image"]))
     assert run("verify", folder) == 0

@@ -1,6 +1,5 @@
 """A judge is asked what the rubric says, once; rules where an answer lacks what is judged; failures are no scores."""
 
-import itertools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,12 +10,11 @@ from tests.evaluation.making import SHARED, answered, png
 from weft.document import Document, Image, Text, user
 from weft.evaluation.evaluate import METRICS
 from weft.evaluation.journal import EvaluationError
-from weft.evaluation.judge import Judge, JudgeConfig, Question
-from weft.evaluation.judge.measure import by_rule, overall, rubric_metric
+from weft.evaluation.judge import Judge, JudgeConfig, Question, pairwise
+from weft.evaluation.judge.measure import by_rule, figures, rubric_metric
 from weft.evaluation.judge.pairwise import duel
 from weft.evaluation.judge.rubric import INTERLEAVED_EVAL, OPENING, RUBRICS
 from weft.evaluation.metric import Answered
-from weft.evaluation.metrics.interleaved import Asked, Given, MissingRules, treatment
 from weft.evaluation.records import Prediction, Record
 from weft.evaluation.score import ScoringConfig, score
 from weft.evaluation.summary import aggregate, verify
@@ -85,27 +83,86 @@ def answer(text, images, inputs, outputs, composition=False):
     return Answered(sample, Prediction("a", parts), Place(None, "", ""), None)
 
 
+@pytest.mark.parametrize(
+    "text, images, inputs, outputs, wanted",
+    [
+        (1, 2, 1, ("text", "image"), [None] * 5),
+        (1, 0, 1, ("text", "image"), [None, "by_rule", "by_rule", "by_rule", None]),
+        (0, 2, 0, ("text", "image"), ["by_rule", None, None, "by_rule", None]),
+        (0, 0, 1, ("text", "image"), ["by_rule"] * 5),
+        (1, 1, 1, ("image",), ["not_applicable", None, None, "not_applicable", None]),
+        (0, 0, 0, ("image",), ["not_applicable", "by_rule", "by_rule", "not_applicable", "by_rule"]),
+        (1, 0, 0, ("text",), [None, "not_applicable", "not_applicable", "not_applicable", None]),
+        (1, 1, 0, ("text", "image"), [None, None, "alone", None, None]),
+    ],
+)
 @pytest.mark.parametrize("single", ["ask", "not_applicable"])
-def test_rules_for_missing_parts_are_those_of_the_metric(single):
+def test_rules_for_missing_parts(text, images, inputs, outputs, wanted, single):
     judge = Judge(JudgeConfig(port={"kind": "rule"}, single_image=single), Scripted(lambda r: ""))
-    rules = MissingRules(single_image="judge" if single == "ask" else "not applicable")
-    names = {None: "judge", "by_rule": "zero", "not_applicable": "not applicable"}
-    cases = itertools.product((0, 1), (0, 1, 2), (0, 1), (("text", "image"), ("image",), ("text",)))
-    for text, images, inputs, outputs in cases:
-        for criterion in INTERLEAVED_EVAL.criteria:
-            got = by_rule(criterion, answer(text, images, inputs, outputs), judge)
-            asked = Asked("text" in outputs, "image" in outputs)
-            wanted = treatment(criterion.name, asked, Given(bool(text), images, inputs), rules)
-            assert names[got] == wanted, (criterion.name, text, images, inputs, outputs)
+    asked = answer(text, images, inputs, outputs)
+    alone = None if single == "ask" else "not_applicable"
+    wanted = [alone if each == "alone" else each for each in wanted]
+    assert [by_rule(criterion, asked, judge) for criterion in INTERLEAVED_EVAL.criteria] == wanted
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 def test_the_published_average_column_is_the_mean_of_the_aspects():
-    if not SHARED.is_dir():
-        pytest.skip("../shared/data is not here")
     table = json.loads((SHARED / "interleavedeval_tables/tables.json").read_text())
     for _, *aspects, average in table["interleavedbench_full_gpt4o_0_5"]:
-        records = [Record("m", "a", dict(zip(ASPECTS, aspects, strict=True)))]
-        assert round(overall(records)["overall"], 2) == average
+        records = [Record("m", "a", dict(zip(ASPECTS, aspects, strict=True)), extra={"words": 1})]
+        assert round(figures(INTERLEAVED_EVAL)(records)["overall"], 2) == average
+
+
+def test_an_average_of_fewer_aspects_is_not_called_the_average():
+    edit = Record("m", "a", dict(zip(ASPECTS, [None, 3.0, 2.0, None, 1.0], strict=True)), extra={"words": 0})
+    assert figures(INTERLEAVED_EVAL)([edit]) == {"perceptual_quality": 3, "image_coherence": 2, "helpfulness": 1}
+
+
+def test_opening_averages_rounded_means():
+    names = [each.name for each in OPENING.criteria]
+    thirds = [
+        Record("m", str(i), {names[0]: [1.0, 8.0, 8.0][i], **dict.fromkeys(names[1:], [7.0, 8.0, 8.0][i])},
+               extra={"words": 1})
+        for i in range(3)
+    ]  # fmt: skip
+    assert figures(OPENING)(thirds)["overall"] == pytest.approx((5.67 + 6 * 7.67) / 7, abs=1e-12)
+
+
+# --- length ---
+
+
+def told(scores_by_words, status=None):
+    return [
+        Record("m", str(i), dict.fromkeys(ASPECTS, score), status=status or {}, extra={"words": words})
+        for i, (words, score) in enumerate(scores_by_words)
+    ]
+
+
+def test_a_judge_that_likes_length_is_told_by_the_score_at_equal_length():
+    # one more point for each doubling: the same judgement of a short writer and of a long one
+    short = figures(INTERLEAVED_EVAL)(told([(32, 1.0), (64, 2.0), (128, 3.0), (64, 2.0)]))
+    long = figures(INTERLEAVED_EVAL)(told([(128, 3.0), (256, 4.0), (512, 5.0), (256, 4.0)]))
+    assert (short["text_quality"], long["text_quality"]) == (2.0, 4.0)
+    for each in (short, long):
+        assert each["text_quality_at_128_words"] == pytest.approx(3.0)
+        assert each["helpfulness_per_doubling"] == pytest.approx(1.0)
+        assert "image_coherence_at_128_words" not in each
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        told([(8, 1.0), (16, 2.0), (32, 3.0)]),  # none as long
+        told([(200, 1.0), (300, 2.0), (400, 3.0)]),
+        told([(128, 1.0), (128, 2.0), (128, 3.0)]),
+        told([(64, 1.0), (256, 2.0)]),
+        told([(64, 1.0), (0, 0.0), (256, 2.0)]),
+        told([(64, 0.0), (128, 0.0), (256, 0.0)], dict.fromkeys(ASPECTS, "by_rule")),
+    ],
+)
+def test_no_score_at_a_length_that_no_answers_stand_around(records):
+    found = figures(INTERLEAVED_EVAL)(records)
+    assert found["overall"] >= 0 and not [name for name in found if "words" in name or "doubling" in name]
 
 
 def test_rubrics_are_data_with_their_own_scales():
@@ -194,6 +251,7 @@ def test_an_interleaved_task_from_answers_to_summary(run, server):
     assert cells["overall"]["value"] == pytest.approx((2 + 1 + 1 + 0.5 + 1.5) / 5)
     assert {"low", "high"} <= set(cells["overall"]) and summary["empty"] == 1
     assert summary["metrics"]["prose/length"]["values"]["words"]["n"] == 4
+    assert [r.extra["words"] for r in run.read_records()["interleavedeval/v1/gpt-4o"].values()] == [2, 2, 0, 0]
     assert len(server.bodies) == 5 + 2 + 0 + 3  # one for each aspect that no rule decides
     replies = run.read_records()["interleavedeval/v1/gpt-4o"]["s0"].extra["replies"]
     assert replies["text_quality"] == ["I see 2 of 5 things.\nScore: 4"]
@@ -259,6 +317,15 @@ def test_unparsed_replies_are_counted_left_out_and_make_a_number_invalid(run, se
     assert found["values"]["text_quality"]["value"] == 0 and found["values"]["text_quality"]["unparsed"] == 2
 
 
+def test_length_and_repetition_come_with_every_judged_score(run, server):
+    only = ScoringConfig(judge=settings(server).judge, metrics=("interleavedeval/v1",))
+    score(run, TASKS, METRICS, only)
+    found = aggregate(run, METRICS)["metrics"]
+    assert {"words", "repetition"} <= set(found["prose/length"]["values"])
+    assert set(run.read_records()["prose/length"]) == set(ANSWERS)
+    assert {name for name, row in METRICS.items() if row.judged and row.beside != ("prose/length",)} == set()
+
+
 def test_without_a_judge_the_metric_is_skipped_and_says_so(run):
     assert "no judge is given" in score(run, TASKS, METRICS, ScoringConfig())["interleavedeval/v1"]
     summary = aggregate(run, METRICS)
@@ -296,11 +363,27 @@ def test_a_judge_that_prefers_an_answer_is_heard_and_asked_twice_once(run, serve
     monkeypatch.setattr(Handler, "score", winner(by))
     found = duels(run, tmp_path, server)
     assert found["verdicts"]["B"] == 1 and found["verdicts"]["Tie"] == 3
+    assert found["words"] == {"first": 1.0, "second": 1.5} and found["repetition"] == {"first": 0.0, "second": 0.0}
     assert len(server.bodies) == 2 + 3  # answers that are the same make the same request in both orders
     assert duels(run, tmp_path, server) == found and len(server.bodies) == 5
     rows = [json.loads(line) for line in (tmp_path / "duel/duels.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == ["s0", "s1", "s2", "s3"]
     assert (rows[1]["shown"], rows[1]["swapped"], rows[1]["verdict"]) == ("B", "A", "B")
+
+
+def row(name, verdict, words):
+    return {"id": name, "verdict": verdict, "shown": verdict, "swapped": verdict, "words": words, "repetition": (0, 0)}
+
+
+def test_wins_that_are_only_longer_texts_are_gone_at_equal_length():
+    longer_wins = [row(str(i), "A" if i % 3 else "B", (100, 50) if i % 3 else (50, 100)) for i in range(60)]
+    found = pairwise.summarise(longer_wins)
+    assert found["first_wins"]["half"] == pytest.approx(2 / 3)
+    assert found["first_at_equal_length"]["value"] == pytest.approx(0.5, abs=0.01)
+    better = [row(str(i), "A", (100, 50) if i % 3 else (50, 100)) for i in range(60)]
+    assert pairwise.summarise(better)["first_at_equal_length"]["value"] == pytest.approx(1.0)
+    always_longer = [row(str(i), "A", (100, 50 + i)) for i in range(9)]
+    assert pairwise.summarise(always_longer)["first_at_equal_length"] is None
 
 
 def test_verdicts_that_cannot_be_read_are_counted(run, server, tmp_path):

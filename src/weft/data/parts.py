@@ -307,5 +307,5 @@ class Rows:
         """One of them as the record it was read as."""
         values = self._batch.slice(row, 1).to_pylist()[0]
         document = from_row(values)
-        record = Record(values[_FILE], values[_LINE], document, count(document), added=values[_ADDED])
+        record = Record(values[_FILE], values[_LINE], document, count(document, values[_ADDED]), added=values[_ADDED])
         return Processed(record, document, ())

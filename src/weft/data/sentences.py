@@ -10,9 +10,12 @@ _ABBREVIATED = (
 _ABBREVIATIONS = frozenset(_ABBREVIATED.split())
 _CLOSING = "\"'”’»)]"  # noqa: RUF001
 _END = re.compile(
-    rf"(?P<mark>[.!?…]+)(?P<closing>[{re.escape(_CLOSING)}]*)(?=\s|$)|[。！？]+[」』”’）]*|\n[^\S\n]*\n"  # noqa: RUF001
+    # a run of marks is looked at once, from its first on
+    rf"(?<![.!?…])(?P<mark>[.!?…]++)(?P<closing>[{re.escape(_CLOSING)}]*+)(?=\s|$)|[。！？]+[」』”’）]*|\n[^\S\n]*\n"  # noqa: RUF001
 )
-_MARK, _SEEN = re.compile(r"[.!?…。！？\n]"), re.compile(r"\S")  # noqa: RUF001
+_MARKS = ".!?…。！？\n"  # noqa: RUF001
+"""One of them is in the end of every sentence but a text's last."""
+_MARK, _SEEN = re.compile(f"[{_MARKS}]"), re.compile(r"\S")
 _LAST_WORD, _LONGEST = re.compile(r"[\w.]*+$"), 8
 """Before a full stop; one of so many characters is no abbreviation."""
 _LETTER = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
@@ -23,6 +26,11 @@ _WORD = re.compile(rf"{_LETTER}|(?:(?!{_LETTER})\w)+(?:['’](?!{_LETTER})\w+)?"
 def sentences(text: str) -> list[str]:
     """The sentences of a text, without the space around them. A text that is not blank has at least one."""
     return [piece for start, end in _spans(text) if (piece := text[start:end].strip())]
+
+
+def most_sentences(text: str) -> int:
+    """A number that `sentences` does not exceed, found much faster."""
+    return sum(map(text.count, _MARKS)) + (text[-1:] not in _MARKS)
 
 
 def words(text: str) -> list[str]:

@@ -194,7 +194,10 @@ def _lists(sizes: Iterable[int], values: pa.Array) -> pa.Array:
 
 
 def _meta_of(document: Document) -> str:
-    return json.dumps(dict(document.meta), ensure_ascii=False, sort_keys=True) if document.meta else "{}"
+    return _META.encode(dict(document.meta)) if document.meta else "{}"
+
+
+_META = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
 
 
 def from_row(row: Mapping[str, Any]) -> Document:

@@ -6,9 +6,9 @@ it took away. `run_window` wraps the counting around it: for records, texts and 
     read = kept + dropped,    and every dropped thing is one `Drop`, one line of the ledger.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from weft.document import Document, Text
 from weft.errors import DocumentError, WeftError
@@ -80,8 +80,7 @@ OnStep = Callable[[str, int | None, int], None]
 many it takes together."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One record as a source read it; without a document its first loss says why. `file` is relative to the source."""
 
     file: str
@@ -123,8 +122,7 @@ class Drop:
         }
 
 
-@dataclass(frozen=True)
-class Processed:
+class Processed(NamedTuple):
     """A record after all stages."""
 
     record: Record
@@ -133,7 +131,11 @@ class Processed:
 
     @property
     def kept(self) -> Count:
-        return Count() if self.document is None else _counted(self.document, self.record.added)
+        if self.document is None:
+            return Count()
+        if self.document is self.record.document and not self.drops:
+            return self.record.read  # the count of it, or the first stage had not been reached
+        return count(self.document, self.record.added)
 
 
 class RecordError(DocumentError):
@@ -144,19 +146,20 @@ class RecordError(DocumentError):
         self.reason, self.field = reason, field
 
 
-def count(document: Document) -> Count:
+def count(document: Document, added: int = 0) -> Count:
+    """What a document holds.
+
+    Args:
+        added: how many of its texts do not count, see `Record`.
+    """
     texts = images = 0
-    for part in document.parts:
-        if isinstance(part, Text):
-            texts += 1
-        else:
-            images += 1
-    return Count(1, texts, images)
-
-
-def _counted(document: Document, added: int) -> Count:
-    found = count(document)
-    return Count(found.records, found.texts - added, found.images) if added else found
+    for turn in document.turns:
+        for part in turn.parts:
+            if isinstance(part, Text):
+                texts += 1
+            else:
+                images += 1
+    return Count(1, texts - added, images)
 
 
 def rejected(file: str, line: int | None, error: RecordError) -> Record:
@@ -189,65 +192,72 @@ def run_window(
     Raises:
         WeftError: the source or a stage took something without naming it, or a stage gave too many outcomes or too few.
     """
-    taken = list(records)
-    documents = [record.document for record in records]
-    for record in records:
-        _check_read(record)
-    drops = [
-        _placed(record, "read", None if document is None else document.id, record.losses, record.read)
-        for record, document in zip(records, documents, strict=True)
-    ]
+    items = [_as_read(record) for record in records]
     for name, stage in stages:
-        left = [(i, document) for i, document in enumerate(documents) if document is not None]
-        for (i, document), (after, losses) in zip(left, _outcomes(name, stage, left, on_step), strict=True):
-            if after is document and not losses:
-                continue  # untouched, for a document cannot change: no need to count it
-            record, before = taken[i], count(document)
-            wrote = (Count() if after is None else count(after)) - (before - _total(losses, before))
-            if wrote != Count() and not (isinstance(stage, Writes) and wrote == Count(texts=max(wrote.texts, 0))):
-                raise WeftError(
-                    f"stage {name} took parts of document {document.id} without naming them", where=record.file
-                )
-            readable = before - Count(0, record.added, 0)
-            placed = _placed(record, name, document.id, losses, readable)
-            # texts that go when none that was read is left are ones that a stage had written: nothing of the source
-            written = max(0, sum(drop.count.texts for drop in placed) - readable.texts)
-            drops[i] += _without_texts(placed, written)
-            documents[i] = after
-            taken[i] = replace(record, added=record.added + wrote.texts - written)
-    return [Processed(*item) for item in zip(taken, documents, map(tuple, drops), strict=True)]
+        if isinstance(stage, Together):
+            _take_together(items, name, stage, on_step)
+            continue
+        alone, writes = (stage.stage, True) if isinstance(stage, Writes) else (stage, False)
+        for i, item in enumerate(items):
+            if item.document is not None:
+                on_step(name, i, 1)
+                outcome = alone(item.document)
+                if outcome[0] is not item.document or outcome[1]:
+                    items[i] = _changed(item, name, outcome, writes)
+    return items
 
 
-def _check_read(record: Record) -> None:
-    left = Count() if record.document is None else _counted(record.document, record.added)
+def _as_read(record: Record) -> Processed:
+    left = Count() if record.document is None else count(record.document, record.added)
     if (left + _total(record.losses, record.read) if record.losses else left) != record.read:
         raise WeftError(
             f"the source counted {record.read}, but gave {left} and named losses of "
             f"{_total(record.losses, record.read)}",
             where=record.file + (f", line {record.line}" if record.line else ""),
         )
+    identity = None if record.document is None else record.document.id
+    return Processed(record, record.document, _placed(record, "read", identity, record.losses, record.read))
 
 
-def _outcomes(name: str, stage: AnyStage, left: Sequence[tuple[int, Document]], on_step: OnStep) -> Iterator[Outcome]:
-    if not isinstance(stage, Together):
-        alone = stage.stage if isinstance(stage, Writes) else stage
-        for i, document in left:
-            on_step(name, i, 1)
-            yield alone(document)
-    elif left:
-        on_step(name, left[0][0] if len(left) == 1 else None, len(left))
-        outcomes = stage.stage([document for _, document in left])
-        if len(outcomes) != len(left):
-            raise WeftError(f"stage {name} gave {len(outcomes)} outcomes for {len(left)} documents")
-        yield from outcomes
+def _take_together(items: list[Processed], name: str, stage: Together, on_step: OnStep) -> None:
+    left = [(i, item.document) for i, item in enumerate(items) if item.document is not None]
+    if not left:
+        return
+    on_step(name, left[0][0] if len(left) == 1 else None, len(left))
+    outcomes = stage.stage([document for _, document in left])
+    if len(outcomes) != len(left):
+        raise WeftError(f"stage {name} gave {len(outcomes)} outcomes for {len(left)} documents")
+    for (i, document), outcome in zip(left, outcomes, strict=True):
+        if outcome[0] is not document or outcome[1]:
+            items[i] = _changed(items[i], name, outcome, writes=False)
 
 
-def _placed(record: Record, stage: str, identity: str | None, losses: Sequence[Loss], whole: Count) -> list[Drop]:
-    return [Drop(loss, stage, record.file, record.line, identity, _size(loss, whole)) for loss in losses]
+def _changed(item: Processed, name: str, outcome: Outcome, writes: bool) -> Processed:
+    """The record after a stage that left something else of it; one left untouched needs no counting."""
+    (record, document, drops), (after, losses) = item, outcome
+    assert document is not None
+    before = count(document)
+    wrote = (Count() if after is None else count(after)) - (before - _total(losses, before))
+    if wrote != Count() and not (writes and wrote == Count(texts=max(wrote.texts, 0))):
+        raise WeftError(f"stage {name} took parts of document {document.id} without naming them", where=record.file)
+    readable = before - Count(0, record.added, 0)
+    placed = _placed(record, name, document.id, losses, readable)
+    # texts that go when none that was read is left are ones that a stage had written: nothing of the source
+    written = max(0, sum(drop.count.texts for drop in placed) - readable.texts)
+    record = record._replace(added=record.added + wrote.texts - written)
+    return Processed(record, after, (*drops, *_without_texts(placed, written)))
 
 
-def _without_texts(drops: list[Drop], number: int) -> list[Drop]:
+def _placed(
+    record: Record, stage: str, identity: str | None, losses: Sequence[Loss], whole: Count
+) -> tuple[Drop, ...]:
+    return tuple([Drop(loss, stage, record.file, record.line, identity, _size(loss, whole)) for loss in losses])
+
+
+def _without_texts(drops: Sequence[Drop], number: int) -> Sequence[Drop]:
     """The same, the last `number` of single texts among them with nothing to count."""
+    if not number:
+        return drops
     of_texts = [i for i, drop in enumerate(drops) if drop.count == Count(texts=1)]
     free = set(of_texts[len(of_texts) - number :])
     return [replace(drop, count=Count()) if i in free else drop for i, drop in enumerate(drops)]
@@ -258,4 +268,7 @@ def _total(losses: Iterable[Loss], whole: Count) -> Count:
 
 
 def _size(loss: Loss, whole: Count) -> Count:
-    return {"record": whole, "text": Count(texts=1), "image": Count(images=1)}.get(loss.what, Count())
+    return whole if loss.what == "record" else _ONE.get(loss.what, Count())
+
+
+_ONE = {"text": Count(texts=1), "image": Count(images=1)}

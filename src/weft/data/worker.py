@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -246,7 +247,7 @@ class Watch:
 
     def __init__(self, file: Path, limit: float, clock: type[_Ending | _Alarm]) -> None:
         self._file, self._limit, self._make_clock = file, limit, clock
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
         """By step."""
         self.first = 0
         """Number in its unit of the first record of the window."""
@@ -258,10 +259,12 @@ class Watch:
     def step(self, step: str, place: int | None = None, number: int = 1) -> None:
         """Say what comes next: `OnStep`."""
         now = time.perf_counter()
-        self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._since
+        self.seconds[self._step] += now - self._since
         self._step, self._since = step, now
-        self.ordinal = None if place is None else self.first + place
-        _ORDINAL.pack_into(self._map, 0, _NOBODY if self.ordinal is None else self.ordinal)
+        ordinal = None if place is None else self.first + place
+        if ordinal != self.ordinal:
+            self.ordinal = ordinal
+            _ORDINAL.pack_into(self._map, 0, _NOBODY if ordinal is None else ordinal)
         # to set the clock takes a thread: done once a second, it costs nothing
         if number != self._number or now - self._armed > _SLACK:
             self._clock.set(self._limit * number + _SLACK)

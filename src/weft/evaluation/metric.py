@@ -169,6 +169,10 @@ class Metric:
     """Fields of `WeightsConfig`."""
     judged: bool = False
     """A judge is asked; its name becomes part of the metric's."""
+    lacks: Callable[[], str | None] = lambda: None
+    """What else has to be installed and is not here."""
+    beside: tuple[str, ...] = ()
+    """Metrics without which this one misleads: they are scored with it, asked for or not."""
 
 
 def each(function: Callable[[Answered, Context], Measured]) -> Measure:

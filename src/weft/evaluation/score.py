@@ -53,7 +53,9 @@ def score(
         UsageError: there is no such metric.
     """
     task, task_config, place = choose(run.task(), tasks)
-    names = [one_of(name, metrics, "metric") for name in config.metrics or task.metrics]
+    asked = [one_of(name, metrics, "metric") for name in config.metrics or task.metrics]
+    beside = [one_of(other, metrics, "metric") for name in asked for other in metrics[name].beside]
+    names = list(dict.fromkeys([*asked, *beside]))
     with run.locked():
         answers = _answered(run, task, task_config, place, config.subset)
         judge = None if config.judge is None else Judge.open(config.judge, run.folder / "judge.jsonl")
@@ -115,7 +117,10 @@ def _answered(run: Run, task: Task, config: Any, place: Place, subset: bool) -> 
 
 def _lacks(name: str, metric: Metric, context: Context) -> str | None:
     if metric.judged and context.judge is None:
-        return "no judge is given: set judge.kind and what it needs"
+        return "no judge is given: set judge.port.kind and what it needs"
+    missing = metric.lacks()
+    if missing is not None:
+        return missing
     try:
         for each in metric.needs:
             context.file(each)

@@ -19,6 +19,7 @@ from weft.evaluation.run import Run, differences, versions
 from weft.evaluation.task import read_json
 
 SEED = 20_260_704
+NO_NUMBER = "no number follows from its records: too few pictures for a distance, or it applies to none of the answers"
 UNPARSED_LIMIT = 0.01
 """With a larger share of answers that could not be read, a number is not valid."""
 
@@ -67,7 +68,10 @@ def summarise(run: Run, metrics: Mapping[str, Metric], *, resamples: int, seed: 
         "subset": len(scored) < facts["samples"]["of"],
         "empty": sum(predictions[each].is_empty for each in scored),
         "metrics": found,
-        "skipped": scoring.get("skipped", {}),
+        "skipped": {
+            **scoring.get("skipped", {}),
+            **{name: NO_NUMBER for name, of in found.items() if not of["values"]},
+        },
         "fingerprints": {
             "data": facts["samples"]["data"],
             "prompts": facts["samples"]["prompts"],

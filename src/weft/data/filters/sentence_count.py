@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt
 from weft.config import Config
 from weft.data.annotate.material import material_of, source_of
 from weft.data.filters.removal import Problem, rejected
-from weft.data.sentences import sentences
+from weft.data.sentences import most_sentences, sentences
 from weft.data.stage import Outcome, Stage
 from weft.document import Document
 
@@ -28,12 +28,21 @@ def count_sentences(texts: list[str], source: str, config: SentenceCount) -> int
 
 def judge(texts: list[str], source: str, config: SentenceCount) -> Problem | None:
     """Why not, where the number is not within the limits."""
+    if _is_within(texts, source, config):
+        return None
     n = count_sentences(texts, source, config)
     if n < config.min:
         return Problem("too_few_sentences", f"{n} sentences, fewer than {config.min}", n, config.min)
     if config.max is not None and n > config.max:
         return Problem("too_many_sentences", f"{n} sentences, more than {config.max}", n, config.max)
     return None
+
+
+def _is_within(texts: list[str], source: str, config: SentenceCount) -> bool:
+    """Whether nobody needs to count: true of most documents that are kept."""
+    if source in config.of_their_own or config.min > sum(bool(text.strip()) for text in texts):
+        return False
+    return config.max is None or sum(map(most_sentences, texts)) <= config.max
 
 
 def build(config: SentenceCount) -> Stage:

@@ -1,5 +1,6 @@
 """What a source is: a plan of units of work, and a reader of one unit. And the ways in that sources share."""
 
+import codecs
 import json
 import os
 import re
@@ -161,7 +162,7 @@ def read_limited(file: Path) -> bytes:
 
 def decode_utf8(data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise RecordError("not_utf8", f"byte {error.start} is not UTF-8") from error
 

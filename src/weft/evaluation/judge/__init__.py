@@ -19,6 +19,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from weft.config import Config
 from weft.document import Part, Text
 from weft.errors import UsageError
+from weft.evaluation.metrics.interleaved import Single
 from weft.images import decode_image, encode_png
 from weft.llm import BatchConfig, Cached, Failure, HttpConfig, Port, Reply, Request, Result, open_port
 
@@ -53,7 +54,7 @@ class JudgeConfig(Config):
     """The longest side of a picture, in pixels."""
     image_format: Literal["png", "jpeg"] = "png"
     """JPEG is of quality 95."""
-    single_image: Literal["ask", "not_applicable"] = "ask"
+    single_image: Single = "ask"
     """Criteria that compare pictures, where there is only one."""
 
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from weft.evaluation.judge import Judge, Question, Verdict
-from weft.evaluation.judge.rubric import Criterion, Modality, Rubric
-from weft.evaluation.metric import Answered, Context, Measured, Metric, means
+from weft.evaluation.judge.rubric import Criterion, Rubric
+from weft.evaluation.metric import Aggregate, Answered, Context, Measured, Metric, means
+from weft.evaluation.metrics import interleaved, length
 from weft.evaluation.metrics.replies import Scale, read_score
 from weft.evaluation.records import Record, Status
 
@@ -14,34 +15,53 @@ WINDOW = 16
 
 
 def rubric_metric(rubric: Rubric) -> Metric:
-    """The row of a rubric. `overall` is the plain mean of the means of its criteria."""
+    """The row of a rubric; see `figures` for its numbers."""
 
     def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
         for start in range(0, len(answers), WINDOW):
             yield from _window(rubric, answers[start : start + WINDOW], context.judge)
 
-    return Metric(rubric.source, measure, overall, version=rubric.version, judged=True)
+    return Metric(
+        rubric.source, measure, figures(rubric), version=rubric.version, judged=True, beside=("prose/length",)
+    )
 
 
-def overall(records: Sequence[Record]) -> dict[str, float]:
-    """The mean of each criterion over the answers it applies to, and the mean of those means."""
-    found = means(records)
-    return {**found, "overall": sum(found.values()) / len(found)} if found else {}
+def figures(rubric: Rubric) -> Aggregate:
+    """What a table of the rubric holds, from records:
+
+    <criterion>              the mean over the answers that it applies to
+    overall                  the mean of those means; absent where one of them is, which no published table averages
+    <criterion>_per_doubling how many points more an answer of twice the words has, of criteria that look at texts
+    <criterion>_at_128_words the score at that length; both absent where no answer is shorter or none is longer
+    """
+
+    def aggregate(records: Sequence[Record]) -> dict[str, float]:
+        found = means(records)
+        if all(each.name in found for each in rubric.criteria):
+            found["overall"] = interleaved.overall([found[c.name] for c in rubric.criteria], digits=rubric.digits)
+        for name in rubric.of_texts:
+            judged = [r for r in records if r.values.get(name) is not None and name not in r.status]
+            texts = [(r.extra["words"], r.values[name] or 0.0) for r in judged if r.extra["words"]]
+            fit = length.at_length([each for each, _ in texts], [score for _, score in texts])
+            if fit is not None:
+                found[f"{name}_per_doubling"], found[f"{name}_at_{length.AT_WORDS}_words"] = fit
+        return found
+
+    return aggregate
 
 
 def by_rule(criterion: Criterion, answer: Answered, judge: Judge) -> Status | None:
     """`not_applicable`, or `by_rule` where the answer gets the lowest score unasked; None: the judge is asked."""
     prediction = answer.prediction
-    wanted: Sequence[str] = answer.sample.reference.get("outputs", ("text", "image"))
-    if any(each not in wanted for each in criterion.about):
-        return "not_applicable"
-    has: dict[Modality, bool] = {"text": bool(prediction.text.strip()), "image": bool(prediction.images)}
-    if prediction.is_empty or any(not has[each] for each in criterion.about):
-        return "by_rule"
-    is_single = len(prediction.images) == 1 and not any(True for _ in answer.sample.prompt.images)
-    if criterion.compares and is_single and judge.config.single_image == "not_applicable":
-        return "not_applicable"
-    return None
+    pictures = sum(1 for _ in answer.sample.prompt.images)
+    found = interleaved.treatment(
+        criterion.about,
+        answer.sample.reference.get("outputs", ("text", "image")),
+        interleaved.Given(bool(prediction.text.strip()), len(prediction.images), pictures),
+        compares=criterion.compares,
+        single_image=judge.config.single_image,
+    )
+    return None if found == "judge" else found
 
 
 def _window(rubric: Rubric, answers: Sequence[Answered], judge: Judge) -> Iterator[Measured]:
@@ -94,6 +114,9 @@ def _measured(
             values[name] = verdicts[name].value
             if verdicts[name].value is None:
                 status[name] = "unparsed"
-    extra: dict[str, Any] = {"replies": {name: list(each.replies) for name, each in verdicts.items()}}
+    extra: dict[str, Any] = {
+        "replies": {name: list(each.replies) for name, each in verdicts.items()},
+        "words": length.words(answer.prediction.text),
+    }
     spread = {name: each.spread for name, each in verdicts.items() if each.spread is not None}
     return Measured(answer.id, values, "", status, {**extra, **({"spread": spread} if spread else {})})

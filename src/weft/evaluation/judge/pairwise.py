@@ -1,5 +1,10 @@
-"""Which of two models' answers is better: each pair is shown in both orders, and a verdict that flips is a tie."""
+"""Which of two models' answers is better: each pair is shown in both orders, and a verdict that flips is a tie.
 
+Beside the verdicts stand how long both models' texts are, how much they repeat, and what the first would win if both
+wrote as much (the point of no difference on a line of wins over log2 of the ratio of words).
+"""
+
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,14 +12,18 @@ from typing import Any
 
 from weft.atomic import write_json
 from weft.errors import UsageError
+from weft.evaluation.bootstrap import RESAMPLES, intervals
 from weft.evaluation.generate import read_samples
 from weft.evaluation.interval import share
 from weft.evaluation.journal import EvaluationError, Journal, fingerprint
 from weft.evaluation.judge import Judge, JudgeConfig, Question
 from weft.evaluation.metric import Answered
+from weft.evaluation.metrics import length
 from weft.evaluation.metrics.interleaved import Battle, win_rates
 from weft.evaluation.metrics.replies import Verdict, in_both_orders, read_verdict
+from weft.evaluation.records import Record
 from weft.evaluation.run import Run
+from weft.evaluation.summary import SEED
 from weft.evaluation.task import Task, choose
 
 VERDICTS: tuple[Verdict, ...] = ("A", "B", "Tie(A)", "Tie(B)", "Tie")
@@ -27,6 +36,8 @@ SYSTEM = (
     "it leans."
 )
 WINDOW = 16
+VERSION = 2
+"""Of what a line of duels.jsonl holds."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,9 @@ class Duel:
     swapped: Verdict | None
     """With it shown second; the letters are those that were shown."""
     replies: tuple[str, ...]
+    words: tuple[int, int]
+    """Of the first run's answer and the second's."""
+    repetition: tuple[float, float]
 
 
 def duel(
@@ -66,7 +80,9 @@ def duel(
         if s.id in a and s.id in b
     ]
     judge, journal = Judge.open(config, out / "judge.jsonl"), Journal(out / "duels.jsonl")
-    keys = {x.id: fingerprint([x.prediction.to_json(), y.prediction.to_json(), judge.settings]) for x, y in pairs}
+    keys = {
+        x.id: fingerprint([VERSION, x.prediction.to_json(), y.prediction.to_json(), judge.settings]) for x, y in pairs
+    }
     done = {line["id"]: line for line in journal.read() if line.get("key") == keys.get(line["id"])}
     left = [pair for pair in pairs if pair[0].id not in done]
     journal.append({**asdict(each), "key": keys[each.id]} for each in _judged(left, judge))
@@ -99,7 +115,42 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "flipped": share(flips).to_json() if flips else None,
         "first_wins": {rule: win_rates(battles, rule).get("first") for rule in ("forced", "without", "zero", "half")},
         "first_of_decided": share(decided).to_json() if decided else None,
+        "first_at_equal_length": _at_equal_length(read),
+        **{name: _both_means(rows, name) for name in ("words", "repetition")},
     }
+
+
+_WON = {"A": 1.0, "B": 0.0}
+
+
+def _at_equal_length(rows: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Ties are half a win; None where one model's texts are always the longer ones."""
+    records = [
+        Record(
+            "duel",
+            row["id"],
+            {"won": _WON.get(row["verdict"], 0.5)},
+            extra={"ratio": math.log2((row["words"][0] + 1) / (row["words"][1] + 1))},
+        )
+        for row in rows
+    ]
+    found = _level(records)
+    if not found:
+        return None
+    drawn = intervals(records, _level, seed=SEED, resamples=RESAMPLES).get("won")
+    return {"value": found["won"], "n": len(records), **({"low": drawn.low, "high": drawn.high} if drawn else {})}
+
+
+def _level(records: Sequence[Record]) -> dict[str, float]:
+    fit = length.line_at([r.extra["ratio"] for r in records], [r.values["won"] or 0.0 for r in records], 0.0)
+    return {} if fit is None else {"won": fit[1]}
+
+
+def _both_means(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float] | None:
+    if not rows:
+        return None
+    first, second = (math.fsum(row[name][i] for row in rows) / len(rows) for i in (0, 1))
+    return {"first": first, "second": second}
 
 
 def _sides(shown: Verdict, swapped: Verdict) -> bool:
@@ -117,14 +168,16 @@ def _judged(pairs: Sequence[tuple[Answered, Answered]], judge: Judge) -> Iterato
         some = pairs[start : start + WINDOW]
         questions = [_question(x, y, judge, way) for pair in some for way, (x, y) in _both(pair)]
         found = {question.id: verdict for question, verdict in judge.ask(questions, read)}
-        for x, _ in some:
+        for x, y in some:
             ways = [found.get(f"{x.id}\0{way}") for way in ("shown", "swapped")]
             if None in ways:
                 continue
             shown, swapped = (None if w is None or w.value is None else VERDICTS[int(w.value)] for w in ways)
             replies = tuple(reply for w in ways if w is not None for reply in w.replies)
             whole = None if shown is None or swapped is None else in_both_orders(shown, swapped)
-            yield Duel(x.id, whole, shown, swapped, replies)
+            texts = x.prediction.text, y.prediction.text
+            words, again = tuple(map(length.words, texts)), tuple(map(length.repetition, texts))
+            yield Duel(x.id, whole, shown, swapped, replies, words, again)  # type: ignore[arg-type]
 
 
 def _both(pair: tuple[Answered, Answered]) -> Iterator[tuple[str, tuple[Answered, Answered]]]:

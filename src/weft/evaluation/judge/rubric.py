@@ -6,9 +6,9 @@ theirs, the wording is ours, and `version` is part of every record made with it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Modality = Literal["text", "image"]
+from weft.evaluation.metrics.interleaved import Modality
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ class Rubric:
     high: int
     levels: Mapping[int, str]
     """What the scores mean, from the highest down."""
+    digits: int | None = None
+    """To which published tables round each criterion's mean before they average them; None: they do not."""
+
+    @property
+    def of_texts(self) -> tuple[str, ...]:
+        """Criteria that a text's length may sway: all but those that look at pictures alone."""
+        return tuple(each.name for each in self.criteria if each.about != ("image",))
 
     def system(self, criterion: Criterion) -> str:
         """The judge's role, the criterion, the scale, and how to reply."""
@@ -151,6 +158,7 @@ OPENING = Rubric(
     0,
     10,
     _ZERO_TO_TEN,
+    digits=2,
 )
 
 COMM = Rubric(

@@ -47,6 +47,12 @@ def aggregate(records: Sequence[Record]) -> dict[str, float]:
 
 METRICS = {
     "mm-vet/v1": Metric(
-        "grades of a language model, in total and by capability", measure, aggregate, scale=100.0, digits=1, judged=True
+        "grades of a language model, in total and by capability",
+        measure,
+        aggregate,
+        scale=100.0,
+        digits=1,
+        judged=True,
+        beside=("prose/length",),
     )
 }

@@ -4,14 +4,16 @@ A picture that is missing gets the worst value by rule, which is counted; in a d
 """
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from weft.evaluation.metric import Answered, Context, LacksWeights, Measured, Metric, Sums
+from weft.evaluation.metric import Answered, Context, LacksWeights, Measured, Metric, Sums, each, means
 from weft.evaluation.records import Record, Status
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
+
+    from weft.evaluation.metrics.edits import Channels, Window
 
     Pair = tuple[PILImage.Image, PILImage.Image]
 
@@ -30,17 +32,27 @@ def pairs(answer: Answered) -> "list[Pair]":
 Score = Callable[["list[Pair]", Answered, Context], dict[str, float]]
 
 
-def _against_real(score: Score, worst: dict[str, float]) -> Any:
-    """Values of an answer's pairs, each the mean over the pictures asked for."""
+def _against_real(score: Score, worst: Mapping[str, float | None]) -> Any:
+    """Values of an answer's pairs, each the mean over the pictures asked for.
+
+    Args:
+        worst: of each value, for a picture that is missing; None: it says nothing of the generated picture.
+    """
 
     def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
         for answer in answers:
             found = pairs(answer)
             wanted = len(answer.sample.reference["images"])
-            known = score(found, answer, context) if found else dict.fromkeys(worst, 0.0)
+            known = score(found, answer, context) if found else {}
             share = len(found) / wanted
-            values = {name: known[name] * share + worst[name] * (1 - share) for name in worst if name in known}
-            status: dict[str, Status] = {} if len(found) == wanted else dict.fromkeys(values, "by_rule")
+            values: dict[str, float | None] = {}
+            status: dict[str, Status] = {}
+            for name, least in worst.items():
+                values[name] = known.get(name) if least is None else known.get(name, 0.0) * share + least * (1 - share)
+                if values[name] is None:
+                    status[name] = "not_applicable"
+                elif least is not None and len(found) < wanted:
+                    status[name] = "by_rule"
             yield Measured(answer.id, values, "", status)
 
     return measure
@@ -83,18 +95,43 @@ def _clip_t(found: "list[Pair]", answer: Answered, context: Context) -> dict[str
     return {"cosine": _mean(cosines[: len(ours)]), "oracle": _mean(cosines[len(ours) :])}
 
 
-def _clip_score(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
-    from weft.evaluation.metrics.similarity import PREFIX
-    from weft.scorers import clip_score
+def _made_for_caption(whose: Literal["hessel", "torchmetrics"], weights: str) -> Any:
+    """The first picture against the caption that it was made for."""
 
-    for answer in answers:
-        pictures = answer.pictures()
+    def measure(answer: Answered, context: Context) -> Measured:
+        from weft.evaluation.metrics import similarity
+
+        pictures = answer.pictures()[:1]
         if not pictures:
-            yield Measured(answer.id, {"clip_score": 0.0}, status={"clip_score": "by_rule"})
-            continue
-        text = PREFIX + answer.sample.reference["caption"]
-        cosine = _clip(context, "clip_b32").cosines(pictures[:1], [text]).double()
-        yield Measured(answer.id, {"clip_score": float(clip_score(cosine)[0, 0])})
+            return Measured(answer.id, {"clip_score": 0.0}, status={"clip_score": "by_rule"})
+        score = similarity.clip_score if whose == "hessel" else similarity.torchmetrics_clip_score
+        found = score(pictures, [answer.sample.reference["caption"]], _clip(context, weights))
+        return Measured(answer.id, {"clip_score": found.per_sample[0]})
+
+    return each(measure)
+
+
+def _cut_mean(records: Sequence[Record]) -> dict[str, float]:
+    """It is the mean that torchmetrics cuts at 0, not the samples."""
+    return {name: max(value, 0.0) for name, value in means(records).items()}
+
+
+def _caption_of(answer: Answered, context: Context) -> Measured:
+    """The caption that was written against its picture."""
+    from weft.evaluation.metrics.similarity import clip_score
+
+    picture = answer.reference_picture(answer.sample.reference["image"])
+    found = clip_score([picture], [answer.text], _clip(context, "clip_b32"))
+    return Measured(answer.id, {"clip_score": found.value}, answer.text)
+
+
+def _caption_and_references(answer: Answered, context: Context) -> Measured:
+    from weft.evaluation.metrics.similarity import ref_clip_score
+
+    reference = answer.sample.reference
+    picture = answer.reference_picture(reference["image"])
+    found = ref_clip_score([picture], [answer.text], [reference["captions"]], _clip(context, "clip_b32"))
+    return Measured(answer.id, {"ref_clip_score": found.value}, answer.text)
 
 
 def _l1l2(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
@@ -104,13 +141,25 @@ def _l1l2(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, 
     return {"l1": l1(ours, real).value, "l2": l2(ours, real).value}
 
 
-def _ssim(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
-    from weft.evaluation.metrics.edits import psnr, ssim
+def _psnr(channels: "Channels") -> Score:
+    def score(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
+        from weft.evaluation.metrics.edits import psnr
 
-    ours, real = map(list, zip(*found, strict=True))
-    # equal pictures have no finite ratio; 100 dB is what no other pair of 8-bit pictures reaches
-    ratio = _mean([min(each, 100.0) for each in psnr(ours, real).per_sample])
-    return {"psnr": ratio, "ssim": ssim(ours, real, channels="rgb").value}
+        ours, real = map(list, zip(*found, strict=True))
+        # equal pictures have no finite ratio; 100 dB is what no other pair of 8-bit pictures reaches
+        return {"psnr": _mean([min(each, 100.0) for each in psnr(ours, real, channels=channels).per_sample])}
+
+    return score
+
+
+def _ssim(channels: "Channels", window: "Window") -> Score:
+    def score(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
+        from weft.evaluation.metrics.edits import ssim
+
+        ours, real = map(list, zip(*found, strict=True))
+        return {"ssim": ssim(ours, real, channels=channels, window=window).value}
+
+    return score
 
 
 def _lpips(found: "list[Pair]", answer: Answered, context: Context) -> dict[str, float]:
@@ -167,7 +216,11 @@ def _fid(variant: str) -> Any:
         if min(len(made), len(real)) < 2:
             return {}
         ours, theirs = (statistics(each, variant=variant) for each in (made, real))
-        return {"fid": frechet_distance(ours, theirs), "singular": float(ours.is_singular or theirs.is_singular)}
+        return {
+            "fid": frechet_distance(ours, theirs),
+            "singular": float(ours.is_singular or theirs.is_singular),
+            **_sizes(made, real),
+        }
 
     return aggregate
 
@@ -178,7 +231,12 @@ def _kid(records: Sequence[Record]) -> dict[str, float]:
     made, real = _unpacked(records, "made"), _unpacked(records, "real")
     if min(len(made), len(real)) < 2:
         return {}
-    return {"kid": kernel_distance(made, real).value}
+    return {"kid": kernel_distance(made, real).value, **_sizes(made, real)}
+
+
+def _sizes(made: Any, real: Any) -> dict[str, float]:
+    """Pictures of both sets, which a distance depends on."""
+    return {"made": float(len(made)), "real": float(len(real))}
 
 
 # --- detections and labels from files ---
@@ -285,9 +343,31 @@ def _fids() -> dict[str, Metric]:
     return {**found, "kid/pytorch-fid": kid}
 
 
-def _cosine(about: str, score: Score, needs: str, names: Sequence[str] = ("cosine",)) -> Metric:
-    measure = _against_real(score, dict.fromkeys(names, 0.0))
+def _cosine(about: str, score: Score, needs: str, *beside: str) -> Metric:
+    measure = _against_real(score, {"cosine": 0.0, **dict.fromkeys(beside)})
     return Metric(about, measure, scale=100.0, needs=(needs,))
+
+
+def _likenesses() -> dict[str, Metric]:
+    """PSNR and SSIM in every variant; `metrics/edits.py` says what each is."""
+    all_channels: tuple[Channels, ...] = ("rgb", "grey", "y")
+    windows: tuple[Window, ...] = ("gaussian", "uniform")
+    ratios = {
+        f"psnr/{channels}-255": Metric(
+            f"decibels of {channels}, range 255, equal pictures 100", _against_real(_psnr(channels), {"psnr": 0.0})
+        )
+        for channels in all_channels
+    }
+    likeness = {
+        f"ssim/{channels}-{window}-255": Metric(
+            f"structural likeness of {channels}, {window} window, range 255",
+            _against_real(_ssim(channels, window), {"ssim": 0.0}),
+            digits=4,
+        )
+        for channels in all_channels
+        for window in windows
+    }
+    return {**ratios, **likeness}
 
 
 METRICS = {
@@ -297,17 +377,38 @@ METRICS = {
         "cosine of CLIP ViT-B/32, picture and caption; the real picture's as oracle",
         _clip_t,
         "clip_b32",
-        ("cosine", "oracle"),
+        "oracle",
     ),
     "dino/s16": _cosine("cosine of DINO v1 ViT-S/16 features, made and real", _dino, "dino"),
-    "clip-score/b32": Metric("CLIPScore", _clip_score, digits=4, needs=("clip_b32",)),
+    "clip-score/b32": Metric(
+        "CLIPScore of a picture and the caption it was made for, 2.5 max(cosine, 0)",
+        _made_for_caption("hessel", "clip_b32"),
+        digits=4,
+        needs=("clip_b32",),
+    ),
+    "clip-score/torchmetrics": Metric(
+        "what torchmetrics calls CLIPScore: 100 cosine of CLIP ViT-L/14, without CLIPScore's prefix and factor",
+        _made_for_caption("torchmetrics", "clip_l14"),
+        _cut_mean,
+        digits=4,
+        needs=("clip_l14",),
+    ),
+    "clip-score/b32-caption": Metric(
+        "CLIPScore of a written caption and its picture", each(_caption_of), digits=4, needs=("clip_b32",)
+    ),
+    "ref-clip-score/b32": Metric(
+        "RefCLIPScore of a written caption: its CLIPScore and its likeness to the references",
+        each(_caption_and_references),
+        digits=4,
+        needs=("clip_b32",),
+    ),
     "edits/l1l2": Metric(
         "mean absolute and mean squared difference, colours 0 to 1",
         _against_real(_l1l2, {"l1": 1.0, "l2": 1.0}),
         digits=4,
         lower_is_better=True,
     ),
-    "edits/psnr-ssim": Metric("decibels; likeness of RGB", _against_real(_ssim, {"psnr": 0.0, "ssim": 0.0}), digits=4),
+    **_likenesses(),
     "lpips/alex": Metric(
         "LPIPS",
         _against_real(_lpips, {"lpips": 1.0}),

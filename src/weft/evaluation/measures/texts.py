@@ -7,7 +7,7 @@ from typing import Any
 
 from weft.errors import UsageError
 from weft.evaluation.metric import Answered, Context, Measured, Metric, Sums, each
-from weft.evaluation.metrics import captions, choices, dialogue, grounding, vqa, yes_no
+from weft.evaluation.metrics import captions, choices, dialogue, grounding, java, vqa, yes_no
 from weft.evaluation.metrics.captions import Overlap
 from weft.evaluation.records import Record
 
@@ -60,6 +60,17 @@ def _bleu_of(sums: Sequence[float]) -> dict[str, float]:
 
 
 CORPUS_BLEU = Sums(lambda record: record.extra["counts"], _bleu_of)
+
+
+def _meteor(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+    """All at once: the program takes seconds to start."""
+    said = [tokenise(answer.text) for answer in answers]
+    wanted = [list(map(tokenise, answer.sample.reference["captions"])) for answer in answers]
+    for answer, text, counts in zip(answers, said, java.meteor_counts(said, wanted), strict=True):
+        yield Measured(answer.id, {"meteor": java.meteor_score(counts)}, text, extra={"counts": counts})
+
+
+CORPUS_METEOR = Sums(lambda record: record.extra["counts"], lambda sums: {"meteor": java.meteor_score(sums)})
 
 # --- short answers ---
 
@@ -120,16 +131,24 @@ def _sparse(answer: Answered, context: Context) -> Measured:
 
 def _box(grammar: str) -> Any:
     def measure(answer: Answered, context: Context) -> Measured:
-        grid, size = answer.sample.reference["box"], answer.sample.reference["size"]
-        scale = (grounding.GRAMMARS[grammar].grid or grounding.GRID) / grounding.GRID
-        box = [edge * scale for edge in grid]
-        found = grounding.grounding_accuracy([answer.text], [tuple(box)], [tuple(size)], grammar=grammar)
+        wanted, size = _object(answer.sample.reference, grounding.GRAMMARS[grammar]), answer.sample.reference["size"]
+        found = grounding.grounding_accuracy([answer.text], [wanted], [tuple(size)], grammar=grammar)
         # without a box the answer is wrong, not left out: it stays in the mean and is counted
         status = {"accuracy": "default"} if found.boxes[0] is None else {}
         values = {"accuracy": found.accuracy.value, "iou": found.iou.value}
         return Measured(answer.id, values, str(found.boxes[0] or ""), status)  # type: ignore[arg-type]
 
     return each(measure)
+
+
+def _object(reference: Mapping[str, Any], grammar: grounding.Grammar) -> grounding.Box:
+    """The true box in a grammar's numbers: on the grid as the task has it, otherwise from its pixels."""
+    x1, y1, x2, y2 = reference["box"]
+    if grammar.grid == grounding.GRID:
+        return x1, y1, x2, y2
+    width, height = reference["size"]
+    rounded = grounding.to_pixels((x1, y1, x2, y2), width, height, grounding.GRID)
+    return grammar.write(reference.get("pixels", rounded), width, height)
 
 
 # --- yes or no ---
@@ -231,6 +250,16 @@ def means_of(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def _prefix(answer: Answered, context: Context) -> Measured:
+    reference = answer.sample.reference
+    if not reference["options"]:
+        return Measured(answer.id, {"accuracy": None}, status={"accuracy": "not_applicable"})
+    letter = choices.prefix_letter(answer.text, reference["options"])
+    wanted = reference["answers"] if "answers" in reference else [reference["answer"]]
+    status = {"accuracy": "default"} if letter is None else {}
+    return Measured(answer.id, {"accuracy": float(letter in wanted)}, letter or "", status)  # type: ignore[arg-type]
+
+
 def _mmmu(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
     """All at once: a letter that is drawn depends on those drawn before."""
     questions = [choices.Question(a.sample.reference["options"], tuple(a.sample.reference["answers"])) for a in answers]
@@ -259,6 +288,10 @@ METRICS = {
     ),
     "bleu/ptb": _metric("BLEU-1 to BLEU-4 of the corpus", each(_bleu), aggregate=CORPUS_BLEU),
     "rouge-l/ptb": _metric("ROUGE-L", _captions(captions.rouge_l, "rouge_l", _whole)),
+    "meteor/1.5-ptb": _metric(
+        "METEOR of the corpus; needs Java", _meteor, aggregate=CORPUS_METEOR, lacks=java.meteor_lacks
+    ),
+    "spice/1.0-ptb": _metric("SPICE; needs Java", _captions(java.spice, "spice", _whole), lacks=java.spice_lacks),
     "vqa/v2": _metric("VQAv2 accuracy", _vqa(_v2, "whole")),
     "vqa/v2-mm-interleaved": _metric("VQAv2 accuracy of what is cut out of the answer", _vqa(_v2, "mm-interleaved")),
     "vqa/vizwiz": _metric("VizWiz accuracy", _vqa(_vizwiz, "whole")),
@@ -271,11 +304,15 @@ METRICS = {
     "grounding/mm-interleaved": _metric(
         "boxes with an IoU of 0.5 or more, on a grid of 0 to 999", _box("mm-interleaved")
     ),
-    "grounding/unit": _metric("the same, boxes as fractions", _box("unit")),
+    "grounding/unit": _metric("the same, boxes as fractions [x1, y1, x2, y2]", _box("unit")),
+    "grounding/coco": _metric(
+        "the same, boxes [x, y, width, height] in whole pixels, the last ones included", _box("coco")
+    ),
     "pope/pope": _metric(
         "accuracy, precision, recall, F1 and share of yes", each(_pope), aggregate=Sums(_pope_columns, _pope_of)
     ),
     "mme/mme": Metric("100 accuracy + 100 pictures with both right, by task; sums", each(_mme), aggregate=mme),
     "mcq/circular": _metric("letters by rule, right in every rotation", each(_circular), aggregate=circular),
+    "mcq/prefix": _metric("the letter that an answer begins with; open questions have none", each(_prefix)),
     "mcq/mmmu": _metric("MMMU's parser; letters drawn at random are counted", _mmmu, whole=True),
 }

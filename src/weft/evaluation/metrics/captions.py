@@ -1,4 +1,4 @@
-"""Captions against references: CIDEr-D, BLEU, ROUGE-L, and, with Java, METEOR and SPICE.
+"""Captions against references: CIDEr-D, BLEU and ROUGE-L; METEOR and SPICE, which need Java, are in `java.py`.
 
 The definitions are those of the COCO caption evaluation (Chen et al. 2015, arXiv:1504.00325), which the literature's
 numbers come from, not those of other packages under the same names. All take text that is already tokenised, words
@@ -13,7 +13,6 @@ between blanks; `TOKENIZERS` names the ways to get there, and the one used belon
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from weft.errors import UsageError
 from weft.evaluation.metrics import ptb
@@ -162,48 +161,6 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
         for j, other in enumerate(b, start=1):
             diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
     return row[-1]
-
-
-def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """METEOR 1.5 by the Java program that the package `pycocoevalcap` brings; see `cider_d`."""
-    _check("meteor", candidates, references)
-    _need_java("METEOR")
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    value, values = Meteor().compute_score(*_by_image(candidates, references))
-    return Scores(tuple(float(v) for v in values), float(value))
-
-
-def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """SPICE by the Java program that the package `pycocoevalcap` fetches on its first run; see `cider_d`."""
-    _check("spice", candidates, references)
-    _need_java("SPICE")
-    from pycocoevalcap.spice.spice import Spice
-
-    value, values = Spice().compute_score(*_by_image(candidates, references))
-    return Scores(tuple(float(v["All"]["f"]) for v in values), float(value))
-
-
-def _need_java(metric: str) -> None:
-    import importlib.util
-    import shutil
-
-    if importlib.util.find_spec("pycocoevalcap") is None:
-        raise UsageError(
-            f"{metric} needs the package pycocoevalcap, which is not installed",
-            where=metric,
-            fix="pip install 'weft[java]', or leave this metric out",
-        )
-    if shutil.which("java") is None:
-        raise UsageError(
-            f"{metric} is a Java program, and no `java` is on the path",
-            where=metric,
-            fix="install a Java runtime, or leave this metric out",
-        )
-
-
-def _by_image(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict[int, Any], dict[int, Any]]:
-    return {i: list(captions) for i, captions in enumerate(references)}, {i: [c] for i, c in enumerate(candidates)}
 
 
 def _grams(caption: str) -> Grams:

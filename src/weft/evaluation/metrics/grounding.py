@@ -52,6 +52,17 @@ def to_pixels(box: Box, width: float, height: float, grid: float) -> Box:
     return (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
 
 
+def from_pixels(box: Box, width: float, height: float, grid: float) -> Box:
+    """Back again."""
+    x, y = grid / width, grid / height
+    return (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+
+
+def with_size(box: Box) -> Box:
+    """Corners as (x, y, width, height)."""
+    return (box[0], box[1], box[2] - box[0], box[3] - box[1])
+
+
 def iou(a: Box, b: Box) -> float:
     """Intersection over union, without a pixel added; 0 where both are empty."""
     return _iou(a, b, extra=0.0)
@@ -81,6 +92,10 @@ class Grammar:
     grid: float | None
     """Numbers are 0..grid over the picture; None: they are pixels."""
     compare: Callable[[Box, Box], float]
+
+    def write(self, box: Box, width: float, height: float) -> Box:
+        """Corners in pixels of a picture, as numbers of this grammar."""
+        return with_size(box) if self.grid is None else from_pixels(box, width, height, self.grid)
 
 
 GRAMMARS: Mapping[str, Grammar] = {
