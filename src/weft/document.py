@@ -68,11 +68,11 @@ class Document:
 
     @property
     def images(self) -> Iterator[Image]:
-        return (part for part in self.parts if isinstance(part, Image))
+        return iter([part for part in self.parts if isinstance(part, Image)])
 
     @property
     def texts(self) -> Iterator[Text]:
-        return (part for part in self.parts if isinstance(part, Text))
+        return iter([part for part in self.parts if isinstance(part, Text)])
 
     def to_json(self) -> dict[str, Any]:
         """The chat form. Pictures need a path: give them one first (`with_images`)."""
@@ -115,7 +115,7 @@ def from_json(record: Any, where: str | None = None) -> Document:
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DocumentError("field messages must be a non-empty list", where=where)
-    turns = tuple(_turn(message, f"messages[{i}]", where) for i, message in enumerate(messages))
+    turns = tuple([_turn(message, f"messages[{i}]", where) for i, message in enumerate(messages)])
     identity = record.get("id")
     if identity is not None and not isinstance(identity, str):
         raise DocumentError(f"field id must be a string, got {identity!r}", where=where)
@@ -138,7 +138,7 @@ def _turn(message: Any, at: str, where: str | None) -> Turn:
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise DocumentError(f"field {at}.content must be a string or a list of parts", where=where)
-    parts = tuple(_part(part, f"{at}.content[{i}]", where) for i, part in enumerate(content))
+    parts = tuple([_part(part, f"{at}.content[{i}]", where) for i, part in enumerate(content)])
     return Turn(cast(Role, role), parts, loss)
 
 
@@ -150,12 +150,8 @@ def _part(part: Any, at: str, where: str | None) -> Part:
         text = part.get("text")
         if not isinstance(text, str):
             raise DocumentError(f"field {at}.text must be a string, got {type(text).__name__}", where=where)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DocumentError(
-                f"field {at}.text holds a lone surrogate at character {error.start}", where=where
-            ) from error
+        if not text.isascii():
+            _check_unicode(text, at, where)
         return Text(text)
     if kind == "image":
         path = part.get("image")
@@ -163,6 +159,15 @@ def _part(part: Any, at: str, where: str | None) -> Part:
             raise DocumentError(f"field {at}.image must be a path, got {path!r}", where=where)
         return Image(path=path)
     raise DocumentError(f"field {at}.type must be text or image, got {kind!r}", where=where)
+
+
+def _check_unicode(text: str, at: str, where: str | None) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DocumentError(
+            f"field {at}.text holds a lone surrogate at character {error.start}", where=where
+        ) from error
 
 
 def _turn_json(turn: Turn) -> dict[str, Any]:

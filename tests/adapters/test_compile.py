@@ -102,7 +102,8 @@ def test_one_graph_serves_all_layouts_of_the_same_sizes(kind, compiled):
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_second_graph_serves_all_other_sizes(backend):
     model = small("moss")
     run = whole_model(model, backend)

@@ -114,7 +114,7 @@ def neighbours(routes: Routes, window: Window) -> Tensor:
 
 
 @given(layouts(), st.sampled_from(RULES))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_routes_are_those_of_a_position_by_position_definition(layout, rule):
     routes = route(layout, rule, WINDOWS)
     text, pictures = one_by_one(layout, rule)

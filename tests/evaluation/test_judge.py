@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tests.evaluation.making import SHARED, answered, png
+from tests.evaluation.metrics.test_replies import READ, UNREAD, replies
 from weft.document import Document, Image, Text, user
 from weft.evaluation.evaluate import METRICS
 from weft.evaluation.journal import EvaluationError
@@ -315,6 +316,42 @@ def test_unparsed_replies_are_counted_left_out_and_make_a_number_invalid(run, se
     found = aggregate(run, METRICS)["metrics"]["interleavedeval/v1/gpt-4o"]
     assert found["valid"] is False and found["unparsed"] == 3
     assert found["values"]["text_quality"]["value"] == 0 and found["values"]["text_quality"]["unparsed"] == 2
+
+
+ODD = {
+    "read": ("json quotes a score line", "fenced json", "said twice, last counts", "quoted afterwards", "out of five",
+             "of five", "share in words", "bold number alone", "nested json", "reason in the same line"),
+    "unread": ("prose with numbers", "a range", "two minds", "another scale", "outside", "decimal", "two shares",
+               "share of the pictures", "json, two scores", "date"),
+}  # fmt: skip
+
+
+def test_a_thousand_replies_in_twenty_shapes_are_records_of_what_they_say(tmp_path, monkeypatch):
+    said = [
+        *replies({name: READ[name] for name in ODD["read"]}, 50, seed=2),
+        *((name, text, None) for name, text, _ in replies({each: UNREAD[each] for each in ODD["unread"]}, 50, seed=3)),
+    ]
+    by_id = {f"a{i:04d}": reply for i, reply in enumerate(said)}
+    assert len(by_id) == 1000 and len({name for name, _, _ in said}) == 20
+
+    def read_all(place):
+        for name in by_id:
+            yield Sample(name, Document((user("do"),)), {"outputs": []})  # helpfulness is all that applies
+
+    tasks = {"thousand": Task("", "", read_all, ("interleavedeval/v1",))}
+    monkeypatch.setattr("weft.evaluation.evaluate.TASKS", tasks)
+    port = Scripted(lambda request: by_id[request.id.partition("\0")[0]][1])
+    monkeypatch.setattr(Judge, "open", lambda config, cache: Judge(config, port))
+    run = answered(tmp_path, TaskConfig(name="thousand"), {name: ["Text."] for name in by_id})
+    score(run, tasks, METRICS, ScoringConfig(judge={"port": {"kind": "rule"}}))
+    for name, record in run.read_records()["interleavedeval/v1/scripted"].items():
+        shape, text, n = by_id[name]
+        assert record.values["helpfulness"] == n, (shape, text)
+        assert record.status.get("helpfulness") == ("unparsed" if n is None else None), (shape, text)
+    cell = aggregate(run, METRICS, resamples=10)["metrics"]["interleavedeval/v1/scripted"]
+    assert cell["values"]["helpfulness"]["n"] == 500 and cell["values"]["helpfulness"]["unparsed"] == 500
+    assert cell["values"]["helpfulness"]["value"] == sum(n for _, _, n in said if n is not None) / 500
+    assert cell["valid"] is False and len(port.asked) == 500 + 3 * 500
 
 
 def test_length_and_repetition_come_with_every_judged_score(run, server):

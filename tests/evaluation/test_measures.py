@@ -1,6 +1,8 @@
 """What records are made of and summed up to is what the pure functions say, on the known answers as well."""
 
+import base64
 import json
+import math
 import random
 
 import pytest
@@ -8,15 +10,16 @@ import pytest
 from tests.evaluation.making import SHARED, answered, png, write
 from weft.evaluation.bootstrap import intervals
 from weft.evaluation.evaluate import METRICS, TASKS
-from weft.evaluation.measures.prose import repetition
 from weft.evaluation.measures.texts import CORPUS_BLEU, circular, mme
 from weft.evaluation.metric import means
 from weft.evaluation.metrics.choices import ROTATIONS
+from weft.evaluation.metrics.length import at_length, line_at, repetition
 from weft.evaluation.records import Record
 from weft.evaluation.score import ScoringConfig, score
 from weft.evaluation.summary import aggregate
 from weft.evaluation.task import TaskConfig
 
+PIXEL = base64.b64encode(png(size=(1, 1))).decode()
 known = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 
 
@@ -212,6 +215,167 @@ def test_miou_over_all_pixels(tmp_path):
     assert cells["pixel_accuracy"]["value"] == 0.5
 
 
+# --- rows that name what the literature leaves open ---
+
+
+def referred(folder, said, metrics):
+    rows = [{"image": "r.png", "sent": "s", "bbox": [64, 48, 192, 144], "width": 640, "height": 480}] * len(said)
+    write(folder, {"refcoco_val.jsonl": rows, "r.png": png(size=(640, 480))})
+    answers = {f"{i:06d}": [text] for i, text in enumerate(said, 1)}
+    return summary(folder, TaskConfig(name="refcoco", data=folder, split="val"), answers, metrics)
+
+
+def test_a_box_is_read_by_the_grammar_that_the_metric_names(tmp_path):
+    written = {
+        "grounding/mm-interleaved": "It is (99,99)(299,299).",
+        "grounding/unit": "[0.1, 0.1, 0.3, 0.3]",
+        "grounding/coco": "[64, 48, 128, 96]",
+    }
+    values, _, found = referred(tmp_path, list(written.values()), tuple(written))
+    for i, name in enumerate(written):
+        assert values[name]["accuracy"]["value"] == pytest.approx(1 / 3), name
+        records = list(r for r in load_records(tmp_path) if r["metric"] == name)
+        assert [r["values"]["iou"] > 0.97 for r in records] == [k == i for k in range(3)]
+    # the other brackets hold no box of a grid; numbers of another unit are a box, elsewhere
+    assert [values[name]["accuracy"].get("default", 0) for name in written] == [2, 1, 1]
+
+
+def load_records(folder):
+    return [json.loads(line) for line in (folder / "run/records.jsonl").read_text().splitlines()]
+
+
+class Angles:
+    """A CLIP that knows colours and words by an angle."""
+
+    degrees = {"red": 0, "blue": 90, "near": 10, "far": 170, "other": 60}
+
+    def picture_features(self, pictures):
+        return self._of(["red" if each.getpixel((0, 0))[0] else "blue" for each in pictures])
+
+    def text_features(self, texts):
+        # what precedes the last word turns by one degree for each word: a prefix shows
+        return self._of([text.split()[-1] for text in texts], [len(text.split()) - 1 for text in texts])
+
+    def cosines(self, pictures, texts):
+        return self.picture_features(pictures) @ self.text_features(texts).T
+
+    def _of(self, names, more=None):
+        import torch
+
+        turned = [self.degrees[name] + by for name, by in zip(names, more or [0] * len(names), strict=True)]
+        angles = torch.tensor(turned, dtype=torch.float64) * torch.pi / 180
+        return torch.stack((angles.cos(), angles.sin()), 1)
+
+
+def cos(degrees):
+    return math.cos(math.radians(degrees))
+
+
+@pytest.fixture
+def clip(tmp_path, monkeypatch):
+    monkeypatch.setattr("weft.scorers.CLIP", lambda folder: Angles())
+    (tmp_path / "clip").mkdir()
+    return {"clip_b32": tmp_path / "clip", "clip_l14": tmp_path / "clip"}
+
+
+def test_three_numbers_that_are_called_clip_score(tmp_path, clip):
+    captions = ["near", "far", "other"]
+    rows = [{"image_id": i, "caption": caption} for i, caption in enumerate(captions)]
+    write(tmp_path, {"coco_val_captions.jsonl": rows, **{f"val2017/{i:012d}.jpg": png() for i in range(3)}})
+    answers = {"000001-0": [png("red")], "000002-1": [png("red")], "000003-2": []}
+    config = TaskConfig(name="ln-coco", data=tmp_path)
+    values, _, _ = summary(tmp_path, config, answers, ("clip-score/b32", "clip-score/torchmetrics"), weights=clip)
+    # CLIPScore: three words before, 2.5, each sample cut at 0
+    assert values["clip-score/b32"]["clip_score"]["value"] == pytest.approx(2.5 * cos(13) / 3)
+    # the other: no words before, and the mean is cut, not the samples
+    assert values["clip-score/torchmetrics"]["clip_score"]["value"] == pytest.approx(100 * max(0, cos(10) + cos(170)))
+    assert [r["values"]["clip_score"] for r in load_records(tmp_path) if "torchmetrics" in r["metric"]] == (
+        pytest.approx([100 * cos(10), 100 * cos(170), 0.0])
+    )
+    assert values["clip-score/b32"]["clip_score"]["by_rule"] == 1
+
+
+def test_written_captions_are_scored_with_the_picture_and_with_references(tmp_path, clip):
+    table = {
+        "images": [{"id": 1, "file_name": "x.png"}],
+        "annotations": [{"image_id": 1, "caption": caption} for caption in ("other", "far")],
+    }
+    write(tmp_path, {"nocaps_val_4500_captions.json": table, "x.png": png("red")})
+    config, metrics = TaskConfig(name="nocaps", data=tmp_path), ("clip-score/b32-caption", "ref-clip-score/b32")
+    values, _, _ = summary(tmp_path, config, {"1": ["near"]}, metrics, weights=clip)
+    alone, best = 2.5 * cos(13), cos(50)
+    assert values["clip-score/b32-caption"]["clip_score"]["value"] == pytest.approx(alone)
+    wanted = 2 * alone * best / (alone + best)
+    assert values["ref-clip-score/b32"]["ref_clip_score"]["value"] == pytest.approx(wanted)
+
+
+def test_a_missing_picture_costs_the_score_and_not_its_oracle(tmp_path, clip):
+    turn = {"input": "5-input.png", "mask": "m", "instruction": "x"}
+    turns = [{**turn, "output": "5-output1.png"}, {**turn, "output": "5-output2.png"}]
+    write(tmp_path, {
+        "edit_sessions.json": {"5": turns},
+        "local_captions.json": {"5": {"5-output1.png": "near", "5-output2.png": "near"}},
+        **{f"images/5/5-{name}.png": png("red") for name in ("input", "output1", "output2")},
+    })  # fmt: skip
+    config = TaskConfig(name="magicbrush", data=tmp_path)
+    values, _, _ = summary(tmp_path, config, {"5_1": [png("red")], "5_inde_2": []}, ("clip-t/b32",), weights=clip)
+    assert values["clip-t/b32"]["cosine"]["value"] == pytest.approx(cos(10) / 2)
+    assert values["clip-t/b32"]["cosine"]["by_rule"] == 1
+    assert (
+        values["clip-t/b32"]["oracle"]["value"] == pytest.approx(cos(10)) and values["clip-t/b32"]["oracle"]["n"] == 1
+    )
+
+
+def test_likenesses_have_no_unnamed_default(tmp_path):
+    from PIL import Image as PILImage
+
+    from weft.evaluation.metrics.edits import psnr, ssim
+
+    names = [name for name in METRICS if name.startswith(("psnr/", "ssim/"))]
+    assert len(names) == 3 + 6 and not {"psnr", "ssim", "edits/psnr-ssim"} & set(METRICS)
+    write(tmp_path, {
+        "coco_val_captions.jsonl": [{"image_id": 0, "caption": "c"}],
+        "val2017/000000000000.jpg": png("red"),
+    })  # fmt: skip
+    values, _, _ = summary(
+        tmp_path, TaskConfig(name="ln-coco", data=tmp_path), {"000001-0": [png("orange")]}, tuple(names)
+    )
+    pair, real = ([PILImage.new("RGB", (16, 12), color)] for color in ("orange", "red"))
+    for name in names:
+        kind, _, variant = name.partition("/")
+        channels, *window, peak = variant.split("-")
+        wanted = (
+            ssim(pair, real, channels=channels, window=window[0]) if window else psnr(pair, real, channels=channels)
+        )
+        assert peak == "255" and values[name][kind]["value"] == pytest.approx(wanted.value), name
+
+
+def test_the_first_letter_of_an_answer_is_a_parser_of_its_own(tmp_path):
+    header = "index\tquestion\thint\tA\tB\tanswer\tcategory\timage\n"
+    rows = "".join(f"{i}\tq\t\tcat\tdog\tA\tc\t{PIXEL}\n" for i in range(4))
+    write(tmp_path, {"mmbench_dev_en.tsv": header + rows})
+    config = TaskConfig(name="mmbench", data=tmp_path, split="dev", variant="once")
+    answers = {"0": ["A. cat"], "1": ["(A) because"], "2": ["It is A"], "3": ["Able"]}
+    values, _, _ = summary(tmp_path, config, answers, ("mcq/prefix", "mcq/circular"))
+    assert values["mcq/prefix"]["accuracy"]["value"] == 0.5 and values["mcq/prefix"]["accuracy"]["default"] == 2
+    assert values["mcq/circular"]["circular"]["value"] == 0.75
+
+
+def test_a_metric_without_a_number_says_so(tmp_path):
+    dialog = {
+        "image_id": 1,
+        "caption": "c",
+        "dialog": [{"question": 0, "answer": 0, "answer_options": [0, 1], "gt_index": 0}],
+    }
+    write(tmp_path, {
+        "visdial_1.0_val.json": {"data": {"questions": ["q"], "answers": ["a", "b"], "dialogs": [dialog]}},
+        "visdial_1.0_val_dense_annotations.json": [{"image_id": 1, "round_id": 1, "gt_relevance": [0, 0]}],
+    })  # fmt: skip
+    _, skipped, found = summary(tmp_path, TaskConfig(name="visdial", data=tmp_path), {"1": [0.5, 0.2]})
+    assert skipped == {} and list(found["skipped"]) == ["visdial/ndcg"]
+    assert found["skipped"]["visdial/ndcg"].startswith("no number")
+
+
 # --- sums, intervals ---
 
 
@@ -263,6 +427,13 @@ def test_answers_of_one_unit_are_drawn_together():
 def test_values_that_do_not_apply_are_left_out_of_their_own_mean_only():
     records = [Record("m", "a", {"x": 1.0, "y": None}), Record("m", "b", {"x": 0.0, "y": 3.0})]
     assert means(records) == {"x": 0.5, "y": 3.0}
+
+
+def test_a_line_is_drawn_only_where_points_stand_on_both_sides():
+    assert at_length([64, 128, 256], [1.0, 2.0, 3.0]) == pytest.approx((1.0, 2.0))
+    assert at_length([64, 256, 256], [1.0, 3.0, 5.0], at=256) == pytest.approx((1.5, 4.0))
+    assert at_length([64, 64, 128], [1.0, 1.0, 2.0], at=130) is None
+    assert line_at([0.0, 1.0], [0.0, 1.0], 0.5) is None and line_at([1.0] * 3, [0.0] * 3, 1.0) is None
 
 
 def test_repetition():

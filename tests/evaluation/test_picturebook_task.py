@@ -107,6 +107,7 @@ def test_a_demo_of_nothing_is_refused_before_it_starts(wrong, tmp_path):
 def test_a_short_demo_runs_whole_and_says_what_it_reused(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TRAINING_STORIES", 8)
     monkeypatch.setattr(demo, "SLOTS", 2)
+    monkeypatch.setattr(demo, "CONTEXT", 128)  # what is written ends early
     for reused in ([], ["lora", "moss"]):
         result = run_demo(tmp_path, steps=1, stories=2, threads=1, say=lambda line, *, done=False: None)
         assert list(result["models"]) == ["base", "lora", "moss"] and result["reused"] == reused

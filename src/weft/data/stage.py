@@ -263,12 +263,12 @@ def _without_texts(drops: Sequence[Drop], number: int) -> Sequence[Drop]:
     return [replace(drop, count=Count()) if i in free else drop for i, drop in enumerate(drops)]
 
 
+_ONE = {"text": Count(texts=1), "image": Count(images=1)}
+
+
 def _total(losses: Iterable[Loss], whole: Count) -> Count:
     return sum((_size(loss, whole) for loss in losses), Count())
 
 
 def _size(loss: Loss, whole: Count) -> Count:
     return whole if loss.what == "record" else _ONE.get(loss.what, Count())
-
-
-_ONE = {"text": Count(texts=1), "image": Count(images=1)}

@@ -56,10 +56,12 @@ def summarise(run: Run, metrics: Mapping[str, Metric], *, resamples: int, seed: 
         raise EvaluationError(
             "the predictions are not those that were scored", where=str(run.predictions.file), fix="weft eval score"
         )
-    found = {}
+    found, without = {}, {}
     for name, made in scoring["metrics"].items():
         of_metric = _complete(name, scored, records.get(name, {}), run)
         found[name] = _metric_summary(of_metric, row_of(name, metrics), made, resamples=resamples, seed=seed)
+        if not found[name]["values"]:
+            without[name] = NO_NUMBER
     return {
         "task": facts["task"],
         "model": facts["model"],
@@ -68,10 +70,7 @@ def summarise(run: Run, metrics: Mapping[str, Metric], *, resamples: int, seed: 
         "subset": len(scored) < facts["samples"]["of"],
         "empty": sum(predictions[each].is_empty for each in scored),
         "metrics": found,
-        "skipped": {
-            **scoring.get("skipped", {}),
-            **{name: NO_NUMBER for name, of in found.items() if not of["values"]},
-        },
+        "skipped": {**scoring.get("skipped", {}), **without},
         "fingerprints": {
             "data": facts["samples"]["data"],
             "prompts": facts["samples"]["prompts"],

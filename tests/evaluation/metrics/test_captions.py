@@ -3,15 +3,13 @@
 import json
 import math
 import random
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from weft.errors import UsageError
-from weft.evaluation.metrics import captions
-from weft.evaluation.metrics.captions import TOKENIZERS, bleu, cider_d, meteor, rouge_l, spice
+from weft.evaluation.metrics.captions import TOKENIZERS, bleu, cider_d, rouge_l
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "eval"
 known = pytest.mark.skipif(not SHARED.is_dir(), reason="the known answers are not here")
@@ -157,28 +155,6 @@ def test_nothing_scores_nothing():
 
 @pytest.mark.parametrize("references", [[["a"], ["b"]], [[]], ["a"]])
 def test_references_that_do_not_fit_are_refused(references):
-    for metric in (cider_d, bleu, rouge_l, meteor, spice):
+    for metric in (cider_d, bleu, rouge_l):
         with pytest.raises(UsageError):
             metric(["a"], references)
-
-
-@pytest.mark.parametrize("metric", [meteor, spice])
-def test_without_the_package_or_java_the_optional_metrics_say_so(metric, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pycocoevalcap"):
-        metric(["a"], [["a"]])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UsageError, match="Java"):
-        metric(["a"], [["a"]])
-
-
-@known
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("java"), reason="no Java")
-def test_meteor_where_it_runs():
-    pytest.importorskip("pycocoevalcap")
-    folder = SHARED / "nlg_eval_example"
-    images = json.loads((folder / "input.json").read_text())
-    score = captions.meteor([each["candidate"] for each in images], [each["references"] for each in images])
-    assert score.value == pytest.approx(0.295797, rel=0, abs=1e-5)

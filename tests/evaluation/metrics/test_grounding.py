@@ -80,6 +80,13 @@ def test_every_grammar_finds_its_own_box_and_counts_what_has_none(grammar):
     assert found.unparsed == 1
 
 
+def test_a_true_box_is_written_as_a_grammar_reads_it():
+    corners = (64.0, 96.0, 192.0, 192.0)
+    assert GRAMMARS["unit"].write(corners, 640, 480) == pytest.approx((0.1, 0.2, 0.3, 0.4))
+    assert GRAMMARS["mm-interleaved"].write(corners, 640, 480) == pytest.approx((99.9, 199.8, 299.7, 399.6))
+    assert GRAMMARS["coco"].write(corners, 640, 480) == (64.0, 96.0, 128.0, 96.0)
+
+
 def test_an_unknown_grammar_is_refused():
     with pytest.raises(UsageError, match="polar"):
         grounding_accuracy([], [], [], grammar="polar")

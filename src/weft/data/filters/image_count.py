@@ -6,7 +6,7 @@ from pydantic import NonNegativeInt
 
 from weft.config import Config
 from weft.data.filters.removal import rejected
-from weft.data.stage import Outcome, Stage
+from weft.data.stage import Outcome, Stage, count
 from weft.document import Document
 
 
@@ -20,7 +20,7 @@ class ImageCount(Config):
 
 def build(config: ImageCount) -> Stage:
     def stage(document: Document) -> Outcome:
-        n = sum(1 for _ in document.images)
+        n = count(document).images
         if n < config.min:
             return rejected("too_few_images", f"{n} pictures, fewer than {config.min}", n, config.min)
         if config.max is not None and n > config.max:

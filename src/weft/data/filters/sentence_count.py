@@ -40,7 +40,7 @@ def judge(texts: list[str], source: str, config: SentenceCount) -> Problem | Non
 
 def _is_within(texts: list[str], source: str, config: SentenceCount) -> bool:
     """Whether nobody needs to count: true of most documents that are kept."""
-    if source in config.of_their_own or config.min > sum(bool(text.strip()) for text in texts):
+    if source in config.of_their_own or config.min > sum([bool(text.strip()) for text in texts]):
         return False
     return config.max is None or sum(map(most_sentences, texts)) <= config.max
 

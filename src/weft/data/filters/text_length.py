@@ -20,7 +20,7 @@ class TextLength(Config):
 
 def build(config: TextLength) -> Stage:
     def stage(document: Document) -> Outcome:
-        n = sum(len(text.text) for text in document.texts)
+        n = sum([len(text.text) for text in document.texts])
         if n < config.min:
             return rejected("too_little_text", f"{n} characters, fewer than {config.min}", n, config.min)
         if config.max is not None and n > config.max:

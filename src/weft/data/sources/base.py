@@ -182,7 +182,7 @@ def parse_json(data: bytes) -> Any:
         raise RecordError("too_deep", "brackets are nested too deeply") from error
     except ValueError as error:
         raise RecordError("bad_number", f"not JSON: {error}") from error
-    return check_unicode(value) if "\\ud" in text.lower() else value
+    return check_unicode(value) if "\\u" in text and "\\ud" in text.lower() else value
 
 
 def check_unicode(value: Any) -> Any:
