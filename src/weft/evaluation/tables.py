@@ -116,7 +116,8 @@ def run_table(summaries: Sequence[Summary]) -> Table:
     """Everything that was measured, a row for each number."""
     return Table(
         "All numbers",
-        "95 % bootstrap intervals; n is how many answers a number is made of",
+        "95 % bootstrap intervals; n is how many answers a number is made of. An interval without width says that all "
+        "answers scored alike, not that the number is certain",
         ("model", "task", "metric", "value", "mean", "95 %", "n", "unparsed", "by rule", "default"),
         tuple(Row(label(summary), cells, False) for summary in summaries for cells in _numbers(summary)),
     )
