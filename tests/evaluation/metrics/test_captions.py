@@ -120,6 +120,15 @@ def test_cider_of_any_captions_is_that_of_the_definition(seed):
     assert max(found.per_sample) > 0.1
 
 
+@pytest.mark.parametrize(
+    "candidates, references",
+    [(["a b", "c"], [["a"], ["c"]]), (["a b c d"], [["a b c"]]), (["a", "b"], [[""], ["b"]])],
+)
+def test_references_may_be_shorter_than_candidates(candidates, references):
+    found = cider_d(candidates, references).per_sample
+    assert found == pytest.approx(by_definition(candidates, references), rel=1e-12, abs=1e-12)
+
+
 def test_cider_counts_images_not_captions_for_rarity():
     rare = cider_d(["a b", "p q", "r s"], [["a b", "a b"], ["p q"], ["r s"]])
     assert rare.per_sample == pytest.approx((5.0, 5.0, 5.0))

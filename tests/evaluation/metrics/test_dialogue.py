@@ -51,3 +51,8 @@ def test_what_has_no_value_is_refused():
         ndcg([[1.0, 2.0]], [[1.0]])
     with pytest.raises(UsageError, match="none of the 2 options"):
         sparse_ranks([[1.0, 2.0]], [2])
+
+
+def test_a_score_that_is_no_number_has_no_rank():
+    with pytest.raises(UsageError, match="not a number"):
+        ranks([1.0, float("nan"), 2.0])

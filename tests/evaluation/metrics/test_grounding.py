@@ -56,6 +56,13 @@ def test_lists(text, box):
     assert parse_list(text) == box
 
 
+def test_a_half_falls_where_single_precision_lets_it_fall():
+    reply, box, size = "(154,238)(237,456)", (154.0, 238.0, 237.0, 674.0), (480, 640)
+    found = grounding_accuracy([reply], [box], [size], grammar="mm-interleaved")
+    assert found.iou.per_sample == (0.4999999701976776,)
+    assert found.accuracy.value == 0
+
+
 def test_an_overlap_of_just_half_is_right():
     found = grounding_accuracy(["(0,0)(5,10)"], [(0.0, 0.0, 10.0, 10.0)], [(640, 480)], grammar="mm-interleaved")
     assert found.iou.value == pytest.approx(0.5)

@@ -77,7 +77,8 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> S
         place = np.searchsorted(ours, theirs)
         found = np.append(ours, -1)[place] == theirs
         clipped = np.minimum(np.append(our_weight, 0.0)[place], their_weight) * their_weight * found
-        shared = np.bincount(reference, clipped, minlength=len(cosines))
+        # of nothing at all it makes integers
+        shared = np.bincount(reference, clipped, minlength=len(cosines)).astype(np.float64)
         norms = norm[image[images:]] * norm[images:]
         cosines += np.divide(shared, norms, out=np.zeros_like(shared), where=norms > 0)
 

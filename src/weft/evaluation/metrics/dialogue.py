@@ -73,6 +73,8 @@ def sparse_ranks(scores: Sequence[Sequence[float]], given: Sequence[int]) -> Spa
 
 
 def _best_first(scores: Sequence[float]) -> list[int]:
+    if any(math.isnan(score) for score in scores):
+        raise UsageError("a score is not a number, so there is no best", where="ndcg", fix="look at the model")
     return sorted(range(len(scores)), key=lambda option: -scores[option])
 
 

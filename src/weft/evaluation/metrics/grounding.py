@@ -5,12 +5,17 @@ A grammar says how a model writes boxes; a reply that does not follow it has no 
     mm-interleaved   (x1,y1)(x2,y2) on a grid of 0..999, somewhere in the reply; nothing between the brackets
     unit             [x1, y1, x2, y2] as fractions of the picture
     coco             [x, y, width, height] in whole pixels, the last ones included: areas as in the data set's demo
+
+The released scorer of MM-Interleaved computes in single precision, so an IoU that is a half exactly may fall to either
+side, as it does there.
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from weft.errors import UsageError
 from weft.evaluation.metrics.scores import Scores, mean_of, same_length
@@ -46,10 +51,10 @@ def _numbers(text: str, count: int) -> list[float] | None:
     return numbers if len(numbers) == count and all(math.isfinite(n) for n in numbers) else None
 
 
-def to_pixels(box: Box, width: float, height: float, grid: float) -> Box:
-    """A box on a grid of 0..`grid` in pixels of a picture."""
-    x, y = width / grid, height / grid
-    return (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+def to_pixels(box: Box, width: float, height: float, grid: float, precision: type = np.float64) -> Box:
+    """A box on a grid of 0..`grid` in pixels of a picture, and of this precision in all that is computed from it."""
+    scaled = np.array(box, precision) / precision(grid) * np.array((width, height, width, height), precision)
+    return (scaled[0], scaled[1], scaled[2], scaled[3])
 
 
 def from_pixels(box: Box, width: float, height: float, grid: float) -> Box:
@@ -92,6 +97,7 @@ class Grammar:
     grid: float | None
     """Numbers are 0..grid over the picture; None: they are pixels."""
     compare: Callable[[Box, Box], float]
+    precision: type = np.float64
 
     def write(self, box: Box, width: float, height: float) -> Box:
         """Corners in pixels of a picture, as numbers of this grammar."""
@@ -99,7 +105,7 @@ class Grammar:
 
 
 GRAMMARS: Mapping[str, Grammar] = {
-    "mm-interleaved": Grammar(parse_corners, GRID, iou),
+    "mm-interleaved": Grammar(parse_corners, GRID, iou, np.float32),
     "unit": Grammar(parse_list, 1, iou),
     "coco": Grammar(parse_list, None, iou_whole_pixels),
 }
@@ -135,7 +141,8 @@ def grounding_accuracy(
     values = []
     for found, box, size in zip(read, boxes, sizes, strict=True):
         ours, theirs = (
-            each if each is None or rules.grid is None else to_pixels(each, *size, rules.grid) for each in (found, box)
+            each if each is None or rules.grid is None else to_pixels(each, *size, rules.grid, rules.precision)
+            for each in (found, box)
         )
-        values.append(0.0 if ours is None or theirs is None else rules.compare(ours, theirs))
+        values.append(0.0 if ours is None or theirs is None else float(rules.compare(ours, theirs)))
     return Grounding(mean_of([float(value >= RIGHT) for value in values]), mean_of(values), tuple(read))
