@@ -67,6 +67,9 @@ def test_several_samples_give_mean_and_spread():
     replies = {0: "Score: 2", 100: "Score: 3.5", 200: "Score: 5"}
     verdicts, _ = ask(lambda r: replies[r.seed], samples=3, temperature=1.0)
     assert verdicts["q0"].value == 3.5 and verdicts["q0"].spread == pytest.approx(1.2247, abs=1e-4)
+    assert verdicts["q0"].samples == (2.0, 3.5, 5.0)
+    verdicts, _ = ask(lambda r: "no" if 100 <= r.seed < 200 else "Score: 2", samples=3, temperature=1.0)
+    assert verdicts["q0"].samples == (2.0, None, 2.0) and verdicts["q0"].value == 2.0
 
 
 def test_a_failed_request_gives_no_verdict():
@@ -169,7 +172,7 @@ def test_no_score_at_a_length_that_no_answers_stand_around(records):
 def test_rubrics_are_data_with_their_own_scales():
     assert [len(each.criteria) for each in RUBRICS.values()] == [5, 7, 5]
     assert (OPENING.low, OPENING.high) == (0, 10)
-    system = OPENING.system(OPENING.criteria[0])
+    system = OPENING.system(OPENING.criteria[:1])
     assert "Correctness" in system and "whole number from 0 to 10" in system
     assert rubric_metric(OPENING).judged
 
@@ -268,6 +271,24 @@ def test_a_request_shows_instruction_and_output_with_named_pictures_in_their_pla
                     "output image 1", "[picture]", "Twice.", "output image 2", "[picture]"]  # fmt: skip
     assert parts[3]["image_url"]["url"].startswith("data:image/png;base64,")
     assert body["temperature"] == 0
+
+
+def test_all_aspects_of_an_answer_in_one_request(run, server, monkeypatch):
+    def together(self, body):
+        system = body["messages"][0]["content"]
+        titles = [line[len("Aspect: ") :].split(".")[0] for line in system.splitlines() if line.startswith("Aspect: ")]
+        return "\n".join(["-", *(f"Score ({title}): {min(5, len(title) // 4)}" for title in titles)])
+
+    monkeypatch.setattr(Handler, "score", together)
+    score(run, TASKS, METRICS, settings(server, together=True))
+    assert len(server.bodies) == 3  # the fourth answer is empty
+    records = run.read_records()["interleavedeval/v1/gpt-4o-together"]
+    lengths = [len(each.title) // 4 for each in INTERLEAVED_EVAL.criteria]
+    assert list(records["s0"].values.values()) == lengths
+    # of an answer without pictures only two aspects are left to ask about
+    assert list(records["s1"].values.values()) == [lengths[0], 0, 0, 0, lengths[4]]
+    asked = sorted(body["messages"][0]["content"].count("Aspect: ") for body in server.bodies)
+    assert asked == [2, 3, 5]
 
 
 def test_pictures_are_sent_no_larger_than_said(run, server):

@@ -231,10 +231,10 @@ def test_a_box_is_read_by_the_grammar_that_the_metric_names(tmp_path):
         "grounding/unit": "[0.1, 0.1, 0.3, 0.3]",
         "grounding/coco": "[64, 48, 128, 96]",
     }
-    values, _, found = referred(tmp_path, list(written.values()), tuple(written))
+    values, _, _ = referred(tmp_path, list(written.values()), tuple(written))
     for i, name in enumerate(written):
         assert values[name]["accuracy"]["value"] == pytest.approx(1 / 3), name
-        records = list(r for r in load_records(tmp_path) if r["metric"] == name)
+        records = [r for r in load_records(tmp_path) if r["metric"] == name]
         assert [r["values"]["iou"] > 0.97 for r in records] == [k == i for k in range(3)]
     # the other brackets hold no box of a grid; numbers of another unit are a box, elsewhere
     assert [values[name]["accuracy"].get("default", 0) for name in written] == [2, 1, 1]
@@ -279,18 +279,18 @@ def clip(tmp_path, monkeypatch):
 
 
 def test_three_numbers_that_are_called_clip_score(tmp_path, clip):
-    captions = ["near", "far", "other"]
+    captions = ["near", "far", "far", "other"]
     rows = [{"image_id": i, "caption": caption} for i, caption in enumerate(captions)]
-    write(tmp_path, {"coco_val_captions.jsonl": rows, **{f"val2017/{i:012d}.jpg": png() for i in range(3)}})
-    answers = {"000001-0": [png("red")], "000002-1": [png("red")], "000003-2": []}
+    write(tmp_path, {"coco_val_captions.jsonl": rows, **{f"val2017/{i:012d}.jpg": png() for i in range(4)}})
+    answers = {**{f"00000{i + 1}-{i}": [png("red")] for i in range(3)}, "000004-3": []}
     config = TaskConfig(name="ln-coco", data=tmp_path)
     values, _, _ = summary(tmp_path, config, answers, ("clip-score/b32", "clip-score/torchmetrics"), weights=clip)
     # CLIPScore: three words before, 2.5, each sample cut at 0
-    assert values["clip-score/b32"]["clip_score"]["value"] == pytest.approx(2.5 * cos(13) / 3)
+    assert values["clip-score/b32"]["clip_score"]["value"] == pytest.approx(2.5 * cos(13) / 4)
     # the other: no words before, and the mean is cut, not the samples
-    assert values["clip-score/torchmetrics"]["clip_score"]["value"] == pytest.approx(100 * max(0, cos(10) + cos(170)))
+    assert values["clip-score/torchmetrics"]["clip_score"]["value"] == 0.0
     assert [r["values"]["clip_score"] for r in load_records(tmp_path) if "torchmetrics" in r["metric"]] == (
-        pytest.approx([100 * cos(10), 100 * cos(170), 0.0])
+        pytest.approx([100 * cos(10), 100 * cos(170), 100 * cos(170), 0.0])
     )
     assert values["clip-score/b32"]["clip_score"]["by_rule"] == 1
 
@@ -387,6 +387,32 @@ def test_mme_needs_both_questions_of_a_picture():
         for i, hit in enumerate(pair)
     ]
     assert mme(records) == pytest.approx({"color": 100 * 3 / 6 + 100 / 3})
+    assert mme(records[:-1]) == {}  # half of the score is over pictures
+
+
+def test_pope_has_a_mean_of_its_three_splits_only():
+    metric = METRICS["pope/pope"].aggregate
+    records = [
+        Record("m", split, {"accuracy": 1.0}, extra={"counts": [1, 0, 0, i], "split": split})
+        for i, split in enumerate(("random", "popular", "adversarial"))
+    ]
+    assert metric(records)["accuracy"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert metric(records[1:2])["recall"] == 0.5
+    assert set(metric(records[:2])) == {
+        f"{split}_{name}" for split in ("random", "popular")
+        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    }  # fmt: skip
+
+
+def test_grades_of_several_runs_have_a_deviation():
+    metric = METRICS["mm-vet/v1"].aggregate
+    records = [
+        Record("m", str(i), {"grade": sum(runs) / 2}, extra={"capabilities": ["ocr"], "runs": runs})
+        for i, runs in enumerate(([0.5, 0.5], [0.0, 1.0]))
+    ]
+    assert metric(records) == pytest.approx({"total": 0.5, "ocr": 0.5, "deviation": 0.25})
+    alone = [Record("m", "a", {"grade": 0.5}, extra={"capabilities": ["ocr"], "runs": [0.5]})]
+    assert metric(alone) == {"total": 0.5, "ocr": 0.5}
 
 
 def values(n, seed=0):

@@ -265,7 +265,8 @@ def test_refcoco_asks_on_a_grid(tmp_path):
     write(tmp_path, {"refcoco_val.jsonl": [row], "r.png": PICTURE})
     (sample,), _ = read("refcoco", tmp_path)
     assert said(sample)[1].endswith("this sentence describes. the dog<box>")
-    assert sample.reference == {"box": [249.0, 249.0, 499.0, 999.0], "size": [40, 20]}
+    pixels = [10.0, 5.0, 20.0, 20.0]
+    assert sample.reference == {"box": [249.0, 249.0, 499.0, 999.0], "pixels": pixels, "size": [40, 20]}
 
 
 def test_pope_and_mme(tmp_path):

@@ -359,7 +359,7 @@ def list_(what: Literal["tasks", "metrics"] = "tasks", *, json_output: Json = Fa
 
     heads = {
         "tasks": ("task", "splits", "variants", "metrics", "files", "about"),
-        "metrics": ("metric", "needs", "about"),
+        "metrics": ("metric", "needs", "missing here", "scored with it", "about"),
     }[what]
     rows = catalogue()[what]
     if json_output:

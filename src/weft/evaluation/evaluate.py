@@ -135,7 +135,13 @@ def catalogue() -> Mapping[str, Sequence[tuple[str, ...]]]:
         for name, row in TASKS.items()
     ]
     metrics = [
-        (name, ", ".join((*(f"weights.{each}" for each in row.needs), *(["judge"] if row.judged else []))), row.about)
+        (
+            name,
+            ", ".join((*(f"weights.{each}" for each in row.needs), *(["judge"] if row.judged else []))),
+            row.lacks() or "-",
+            ", ".join(row.beside),
+            row.about,
+        )
         for name, row in METRICS.items()
     ]
     return {"tasks": tasks, "metrics": metrics}

@@ -22,7 +22,7 @@ from weft.evaluation.records import Prediction, Record, from_json
 from weft.evaluation.task import Sample, TaskConfig, read_json
 
 VERSION = 1
-LIBRARIES = ("weft", "numpy", "torch", "transformers", "tokenizers", "diffusers", "pillow")
+LIBRARIES = ("weft", "numpy", "torch", "transformers", "tokenizers", "diffusers", "pillow", "pycocoevalcap")
 
 
 @dataclass(frozen=True)

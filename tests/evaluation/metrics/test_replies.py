@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 
 from weft.evaluation.metrics.replies import (
-    TRIES,
     ZERO_TO_TEN,
     Reading,
-    ask_for_score,
     in_both_orders,
-    of_samples,
     read_pair,
     read_score,
+    read_score_of,
     read_verdict,
 )
 
@@ -132,24 +130,26 @@ def test_decimals_are_for_means_of_samples_only():
     assert read_score("Score: 5.5", decimals=True).score is None
 
 
-def test_a_judge_is_asked_again_with_the_form_and_given_up_after_three_tries():
-    asked = []
-
-    def second_time(reminder):
-        asked.append(reminder)
-        return "hm, 3 pictures" if len(asked) == 1 else "Score: 4"
-
-    reading, texts = ask_for_score(second_time)
-    assert (reading.score, texts) == (4.0, ["hm, 3 pictures", "Score: 4"])
-    assert asked[0] is None and "Score: N" in asked[1]
-    reading, texts = ask_for_score(lambda _: "never")
-    assert reading.score is None and len(texts) == TRIES
+ASPECTS_REPLY = """The text is fine: 5 of 6 lines. Score (Text quality): 4
+**Score (Image coherence)**: **2**/5, not a Score (Helpfulness): 5
+Score (Perceptual quality): 3, Score (Helpfulness): 1
+Score: 0"""
 
 
-def test_samples_have_a_mean_a_spread_and_a_count_of_unread_ones():
-    sampled = of_samples([Reading(2.0, "json"), Reading(4.0, "json"), Reading(None, None)])
-    assert (sampled.mean, sampled.spread, sampled.n, sampled.unparsed) == (3.0, 1.0, 2, 1)
-    assert of_samples([Reading(None, None)]).mean is None
+@pytest.mark.parametrize(
+    "title, score",
+    [
+        ("Text quality", 4), ("Image coherence", 2), ("Perceptual quality", 3), ("Helpfulness", 1),
+        ("Text-image coherence", None), ("Quality", None), ("text QUALITY", 4),
+    ],
+)  # fmt: skip
+def test_one_of_several_scores_is_the_one_that_is_named(title, score):
+    assert read_score_of(title, ASPECTS_REPLY).score == score
+
+
+@pytest.mark.parametrize("line", ["6", "3-4", "8/10", "3.5", "high", "2 or 3"])
+def test_a_named_score_that_is_none_is_not_read(line):
+    assert read_score_of("Style", f"Score (Style): {line}").score is None
 
 
 @pytest.mark.parametrize(
@@ -195,3 +195,32 @@ def test_a_first_line_with_anything_else_is_no_pair():
     assert read_pair("8 9\nBoth are good") == (8.0, 9.0)
     assert read_pair("8,9.5") == (8.0, 9.5)
     assert [read_pair(text) for text in ("Both: 8 9", "8", "8 9 ", "", "8, 9")] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    "reply, score",
+    [
+        ("Score: 0|1|2|3|4|5", None), ("Score: 1 2 3 4 5", None), ("Score: 4 5", None), ("Score: 4 -> 3", None),
+        ("Score: 4 \u2192 3", None), ("Score: 4 => 3", None), ("Score: 4 (revised: 3)", None),
+        ("Score: 4\u22125", None), ("Score: 4\u20115", None), ("Score: 4 through 5", None),
+        ("Score: 5 points out of 10", None), ("Score: 3 (out of 10)", None), ("Score: 4 on a scale of 1-10", None),
+        ("Score: 4\\10", None), ("4/5 and 3/5", None), ("Score: 2 images out of 5 are bad", None),
+        ("Score: 4 points out of 5", 4), ("Score: 4 (out of 5)", 4), ("Score: 4 on a scale of 0 to 5", 4),
+        ("Score: 4 because image 2 differs", 4), ("Score: 4 (image 2 is blurry)", 4), ("Score: 4\n5 pictures", 4),
+    ],
+)  # fmt: skip
+def test_what_follows_a_score_on_its_line(reply, score):
+    assert read_score(reply).score == score
+
+
+def test_there_is_no_minus_zero():
+    assert str(read_score("Score: -0").score) == "0.0"
+
+
+@pytest.mark.parametrize(
+    "reply, verdict",
+    [("Winner: a tie", "Tie"), ("Winner: A or B", None), ("Winner: A/B", None), ("Choice: A and B", None),
+     ("Winner: A, because B is bad", "A")],
+)  # fmt: skip
+def test_a_verdict_names_one_side(reply, verdict):
+    assert read_verdict(reply) == verdict

@@ -54,6 +54,8 @@ class JudgeConfig(Config):
     """The longest side of a picture, in pixels."""
     image_format: Literal["png", "jpeg"] = "png"
     """JPEG is of quality 95."""
+    together: bool = False
+    """All criteria of a rubric in one request: cheaper, but then each sways the others. Part of the judge's name."""
     single_image: Single = "ask"
     """Criteria that compare pictures, where there is only one."""
 
@@ -76,12 +78,16 @@ class Verdict:
     """As they came, those that could not be read as well."""
     spread: float | None = None
     """Standard deviation, of several replies."""
+    samples: tuple[float | None, ...] = ()
+    """Of each reply that was asked for."""
 
 
 class Judge:
     def __init__(self, config: JudgeConfig, port: Port) -> None:
         self.config, self._port = config, port
-        self.name = port.model if config.samples == 1 else f"{port.model}-x{config.samples}"
+        self.name = f"{port.model}{'-together' if config.together else ''}" + (
+            f"-x{config.samples}" if config.samples > 1 else ""
+        )
         self.settings = config.model_dump(mode="json", exclude={"port"}) | {"model": port.model}
         """What a score depends on; not where the server is."""
 
@@ -116,7 +122,7 @@ class Judge:
             warmer: raise the temperature from try to try, instead of saying again how to reply.
         """
         by_id = {question.id: question for question in questions}
-        scores: dict[str, list[float]] = {each: [] for each in by_id}
+        scores: dict[str, list[float | None]] = {each: [None] * self.config.samples for each in by_id}
         replies: dict[str, list[str]] = {each: [] for each in by_id}
         failed: set[str] = set()
         waiting = [(question.id, sample) for question in questions for sample in range(self.config.samples)]
@@ -135,7 +141,7 @@ class Judge:
                 if value is None:
                     again.append((each, sample))
                 else:
-                    scores[each].append(value)
+                    scores[each][sample] = value
             waiting = sorted(again)
         for each, question in by_id.items():
             if each not in failed:
@@ -179,12 +185,14 @@ class Judge:
         return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _verdict(scores: Sequence[float], replies: Sequence[str]) -> Verdict:
-    if not scores:
-        return Verdict(None, tuple(replies))
-    spread = statistics.pstdev(scores) if len(scores) > 1 else None
+def _verdict(samples: Sequence[float | None], replies: Sequence[str]) -> Verdict:
+    read = [each for each in samples if each is not None]
+    if not read:
+        return Verdict(None, tuple(replies), None, tuple(samples))
+    spread = statistics.pstdev(read) if len(read) > 1 else None
     # arrival decides the order of replies, and must not decide the record
-    return Verdict(statistics.fmean(sorted(scores)), tuple(replies if len(replies) == 1 else sorted(replies)), spread)
+    told = tuple(replies if len(replies) == 1 else sorted(replies))
+    return Verdict(statistics.fmean(read), told, spread, tuple(samples))
 
 
 class _Spoken:

@@ -1,13 +1,14 @@
 """A rubric as a metric: rules where an answer lacks what is judged, the judge for the rest."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from weft.evaluation.judge import Judge, Question, Verdict
 from weft.evaluation.judge.rubric import Criterion, Rubric
 from weft.evaluation.metric import Aggregate, Answered, Context, Measured, Metric, means
 from weft.evaluation.metrics import interleaved, length
-from weft.evaluation.metrics.replies import Scale, read_score
+from weft.evaluation.metrics.replies import Reading, Scale, read_score, read_score_of
 from weft.evaluation.records import Record, Status
 
 WINDOW = 16
@@ -66,26 +67,39 @@ def by_rule(criterion: Criterion, answer: Answered, judge: Judge) -> Status | No
 
 def _window(rubric: Rubric, answers: Sequence[Answered], judge: Judge) -> Iterator[Measured]:
     rules = {(a.id, c.name): by_rule(c, a, judge) for a in answers for c in rubric.criteria}
-    questions = [
-        _question(rubric, criterion, answer, judge)
-        for answer in answers
-        for criterion in rubric.criteria
-        if rules[answer.id, criterion.name] is None
-    ]
+    asked_of = {a.id: [c for c in rubric.criteria if rules[a.id, c.name] is None] for a in answers}
     scale, decimals = Scale(rubric.low, rubric.high), judge.config.samples > 1
-
-    def read(reply: str) -> float | None:
-        return read_score(reply, scale, decimals=decimals).score
-
-    verdicts = {question.id: verdict for question, verdict in judge.ask(questions, read)}
+    verdicts: dict[str, Verdict] = {}
+    if judge.config.together:
+        # one request for all of an answer's criteria: the judge's cache answers it for all but the first
+        for criterion in rubric.criteria:
+            questions = [
+                _question(rubric, criterion, asked_of[a.id], a, judge) for a in answers if criterion in asked_of[a.id]
+            ]
+            read = partial(read_score_of, criterion.title, scale=scale, decimals=decimals)
+            verdicts |= _asked(judge, questions, read)
+    else:
+        questions = [_question(rubric, c, [c], a, judge) for a in answers for c in asked_of[a.id]]
+        verdicts |= _asked(judge, questions, partial(read_score, scale=scale, decimals=decimals))
     for answer in answers:
-        asked = {c.name: f"{answer.id}\0{c.name}" for c in rubric.criteria if rules[answer.id, c.name] is None}
+        asked = {c.name: f"{answer.id}\0{c.name}" for c in asked_of[answer.id]}
         if all(each in verdicts for each in asked.values()):
             said = {name: verdicts[each] for name, each in asked.items()}
             yield _measured(rubric, answer, {c.name: rules[answer.id, c.name] for c in rubric.criteria}, said)
 
 
-def _question(rubric: Rubric, criterion: Criterion, answer: Answered, judge: Judge) -> Question:
+def _asked(judge: Judge, questions: Sequence[Question], read: Callable[[str], Reading]) -> dict[str, Verdict]:
+    return {question.id: verdict for question, verdict in judge.ask(questions, lambda reply: read(reply).score)}
+
+
+def _question(
+    rubric: Rubric, criterion: Criterion, told: Sequence[Criterion], answer: Answered, judge: Judge
+) -> Question:
+    """
+    Args:
+        criterion: whose score is wanted.
+        told: the criteria that the judge is asked about.
+    """
     prompt = [answer.place.loaded(part) for part in answer.sample.prompt.parts]
     # most benchmarks weave the instruction into the input: it is shown as the model saw it
     content = [
@@ -95,10 +109,10 @@ def _question(rubric: Rubric, criterion: Criterion, answer: Answered, judge: Jud
         *judge.content(answer.loaded.parts, "output"),
     ]
     messages: tuple[Mapping[str, Any], ...] = (
-        {"role": "system", "content": rubric.system(criterion)},
+        {"role": "system", "content": rubric.system(told, together=judge.config.together)},
         {"role": "user", "content": content},
     )
-    return Question(f"{answer.id}\0{criterion.name}", messages, rubric.reply_form)
+    return Question(f"{answer.id}\0{criterion.name}", messages, rubric.reply_form(told, together=judge.config.together))
 
 
 def _measured(

@@ -4,7 +4,7 @@ The prompts of the published judges could not be recovered in full, or leave the
 theirs, the wording is ours, and `version` is part of every record made with it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,21 +41,26 @@ class Rubric:
         """Criteria that a text's length may sway: all but those that look at pictures alone."""
         return tuple(each.name for each in self.criteria if each.about != ("image",))
 
-    def system(self, criterion: Criterion) -> str:
-        """The judge's role, the criterion, the scale, and how to reply."""
+    def system(self, criteria: Sequence[Criterion], *, together: bool = False) -> str:
+        """The judge's role, the criteria, the scale, and how to reply.
+
+        Args:
+            together: scores are to be named, because there may be several.
+        """
         levels = "\n".join(f"{score}: {meaning}" for score, meaning in self.levels.items())
+        aspects = "\n".join(f"Aspect: {each.title}. {each.asks}" for each in criteria)
+        what = "one aspect and nothing else" if len(criteria) == 1 else f"{len(criteria)} aspects, each for itself"
         return (
-            "You judge an answer that may hold text and pictures in turn. You judge one aspect and nothing else.\n\n"
-            f"Aspect: {criterion.title}. {criterion.asks}\n\n"
-            f"Scores from {self.low} to {self.high}:\n{levels}\n\n{self.reply_form}"
+            f"You judge an answer that may hold text and pictures in turn. You judge {what}.\n\n{aspects}\n\n"
+            f"Scores from {self.low} to {self.high}:\n{levels}\n\n{self.reply_form(criteria, together=together)}"
         )
 
-    @property
-    def reply_form(self) -> str:
-        return (
-            "Reply with a short reason, then, on a line of its own, `Score: N`, "
-            f"where N is a whole number from {self.low} to {self.high}."
-        )
+    def reply_form(self, criteria: Sequence[Criterion], *, together: bool = False) -> str:
+        number = f"where N is a whole number from {self.low} to {self.high}."
+        if not together:
+            return f"Reply with a short reason, then, on a line of its own, `Score: N`, {number}"
+        lines = ", ".join(f"`Score ({each.title}): N`" for each in criteria)
+        return f"Reply, for each aspect, with a short reason, then, on a line of its own, {lines}, {number}"
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "version": self.version, "criteria": [each.name for each in self.criteria]}

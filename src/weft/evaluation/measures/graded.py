@@ -1,5 +1,6 @@
 """MM-Vet: a language model grades each answer against the known one, in steps of 0.1."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 
 from weft.evaluation.judge import Question
@@ -20,15 +21,19 @@ WINDOW = 64
 
 
 def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
-    """A reply that cannot be read is asked for again, warmer each time; after five the grade is 0 by default."""
+    """A reply that cannot be read is asked for again, warmer each time; after five the grade is 0 by default.
+
+    With several samples each is a run of its own, as the paper grades five times.
+    """
     for start in range(0, len(answers), WINDOW):
         some = {answer.id: answer for answer in answers[start : start + WINDOW]}
         questions = [_question(answer) for answer in some.values()]
         for question, verdict in context.judge.ask(questions, read_grade, tries=TRIES, warmer=True):
             answer = some[question.id]
-            status: dict[str, Status] = {} if verdict.value is not None else {"grade": "default"}
+            status: dict[str, Status] = {"grade": "default"} if None in verdict.samples else {}
+            runs = [grade or 0.0 for grade in verdict.samples]
             extra = {"replies": list(verdict.replies), "capabilities": answer.sample.reference["capabilities"]}
-            yield Measured(answer.id, {"grade": verdict.value or 0.0}, "", status, extra)
+            yield Measured(answer.id, {"grade": statistics.fmean(runs)}, "", status, {**extra, "runs": runs})
 
 
 def _question(answer: Answered) -> Question:
@@ -38,11 +43,16 @@ def _question(answer: Answered) -> Question:
 
 
 def aggregate(records: Sequence[Record]) -> dict[str, float]:
-    """Mean grades, in total and of the questions that need a capability, whatever else they need."""
+    """Mean grades, in total and of the questions that need a capability, whatever else they need.
+
+    Of several runs `deviation` is that of their totals, dividing by their number.
+    """
     found = {"total": [record.values["grade"] or 0.0 for record in records]}
     for name in CAPABILITIES:
         found[name] = [record.values["grade"] or 0.0 for record in records if name in record.extra["capabilities"]]
-    return {name: sum(values) / len(values) for name, values in found.items() if values}
+    means = {name: statistics.fmean(values) for name, values in found.items() if values}
+    runs = [statistics.fmean(grades) for grades in zip(*(record.extra["runs"] for record in records), strict=True)]
+    return {**means, "deviation": statistics.pstdev(runs)} if len(runs) > 1 else means
 
 
 METRICS = {

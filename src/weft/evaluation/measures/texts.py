@@ -155,11 +155,13 @@ def _object(reference: Mapping[str, Any], grammar: grounding.Grammar) -> groundi
 
 
 def _pope(answer: Answered, context: Context) -> Measured:
-    found = yes_no.pope([answer.text], [answer.sample.reference["label"]])
+    found = yes_no.pope([answer.prediction.text], [answer.sample.reference["label"]])
     counts = [found.true_yes, found.false_yes, found.true_no, found.false_no]
     split = answer.sample.facets["split"]
     values = {"accuracy": found.accuracy.value}
-    return Measured(answer.id, values, yes_no.read_pope(answer.text), extra={"counts": counts, "split": split})
+    return Measured(
+        answer.id, values, yes_no.read_pope(answer.prediction.text), extra={"counts": counts, "split": split}
+    )
 
 
 def _pope_columns(record: Record) -> list[float]:
@@ -170,7 +172,7 @@ def _pope_columns(record: Record) -> list[float]:
 
 
 def _pope_of(sums: Sequence[float]) -> dict[str, float]:
-    """Each split's figures under its own name, and their means over the splits that there are."""
+    """Each split's figures under its own name, and their means; of one split alone its figures, of two no means."""
     found: dict[str, float] = {}
     figures: dict[str, list[float]] = {}
     for i, split in enumerate(yes_no.POPE_SPLITS):
@@ -190,20 +192,24 @@ def _pope_of(sums: Sequence[float]) -> dict[str, float]:
         for name, value in values.items():
             figures.setdefault(name, []).append(value)
             found[f"{split}_{name}"] = value
+    splits = len(figures.get("accuracy", ()))
     mean = {name: math.fsum(values) / len(values) for name, values in figures.items()}
-    return {**mean, **found} if len(figures.get("accuracy", ())) > 1 else mean
+    return mean if splits == 1 else {**mean, **found} if splits == len(yes_no.POPE_SPLITS) else found
 
 
 def _mme(answer: Answered, context: Context) -> Measured:
     reference = answer.sample.reference
-    said = yes_no.read_mme(answer.text)
+    said = yes_no.read_mme(answer.prediction.text)
     status = {"accuracy": "default"} if said == "other" else {}
     values = {"accuracy": float(said == reference["answer"])}
     return Measured(answer.id, values, said, status, {"task": reference["task"]})  # type: ignore[arg-type]
 
 
 def mme(records: Sequence[Record]) -> dict[str, float]:
-    """Each task's score, and the sums of those of a group that is whole. A picture counts where both are right."""
+    """Each task's score, and the sums of those of a group that is whole. A picture counts where both are right.
+
+    A task of which a picture has not two questions, as in a subset, has no score.
+    """
     pictures: dict[str, dict[str | None, list[float]]] = {}
     for record in records:
         hits = pictures.setdefault(record.extra["task"], {}).setdefault(record.unit, [])
@@ -211,6 +217,8 @@ def mme(records: Sequence[Record]) -> dict[str, float]:
     found = {}
     for task, of_task in pictures.items():
         hits = [hit for pair in of_task.values() for hit in pair]
+        if any(len(pair) != 2 for pair in of_task.values()):
+            continue
         both = [min(pair) for pair in of_task.values()]
         found[task] = 100 * math.fsum(hits) / len(hits) + 100 * math.fsum(both) / len(both)
     sums = {}
@@ -263,7 +271,7 @@ def _prefix(answer: Answered, context: Context) -> Measured:
 def _mmmu(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
     """All at once: a letter that is drawn depends on those drawn before."""
     questions = [choices.Question(a.sample.reference["options"], tuple(a.sample.reference["answers"])) for a in answers]
-    found = choices.mmmu([answer.text for answer in answers], questions)
+    found = choices.mmmu([answer.prediction.text for answer in answers], questions)
     rows = zip(answers, found.accuracy.per_sample, found.without_drawn.per_sample, found.predictions, strict=True)
     for answer, value, without, prediction in rows:
         drawn = isinstance(prediction, choices.Choice) and prediction.random

@@ -14,14 +14,11 @@ unparsed, which is counted, and never clipped or guessed.
 
 import json
 import re
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Rule = Literal["score line", "json", "out of", "number"]
-TRIES = 3
-"""Of asking a judge again when its reply cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,6 @@ class Scale:
 
     lowest: int = 0
     highest: int = 5
-
-    @property
-    def reminder(self) -> str:
-        """What is added to a prompt whose reply could not be read."""
-        return (
-            f"End with a line of its own: `Score: N`, where N is a whole number from {self.lowest} to {self.highest}."
-        )
 
 
 ZERO_TO_FIVE = Scale()
@@ -56,8 +46,17 @@ _SCORE = re.compile(rf"(?<![A-Za-z0-9])score[*_`\s]*[:=\uff1a][*_`\s\[(<\"']*{_N
 _CLOSING = r"[ \t]*[*_`\])>\"']*[ \t]*"
 _OF = re.compile(rf"{_CLOSING}(?:/|out[ \t]+of\b|of\b)[ \t]*[*_`]*(?P<whole>[0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
 _ANOTHER = re.compile(
-    rf"{_CLOSING}(?:[-\u2013\u2014~,;&±+]|\.\.+|to\b|or\b|and\b|vs\b)[ \t]*[*_`\[(]*[0-9]", re.IGNORECASE
+    rf"{_CLOSING}(?:(?:[-=]>|[-\u2010-\u2015\u2212\u2192\u21d2~,;&±+|\\]|\.\.+|(?:to|through|or|and|vs)\b)?"
+    r"[ \t]*[*_`\[(]*[0-9]|\((?:revised|corrected|updated|changed|originally|previously|was|now)\b)",
+    re.IGNORECASE,
 )
+_WHOLE = re.compile(
+    rf"{_CLOSING}(?P<what>[a-z]+[ \t]+)?\(?(?:out[ \t]+of\b|on[ \t]+a[ \t]+scale\b)[^0-9\n]*"
+    r"(?:[0-9]+[ \t]*(?:[-\u2010-\u2015\u2212]|to\b)[ \t]*)?(?P<whole>[0-9]+)",
+    re.IGNORECASE,
+)
+"""Another way to name the scale: `5 points out of 10`, `3 on a scale from 0 to 5`."""
+_UNITS = {"", "point", "points", "star", "stars", "mark", "marks"}
 _SUPPOSED_AFTER = re.compile(
     rf"{_CLOSING}(?:means?|would|could|should|might|is|indicates?|denotes?|represents?|requires?|stands|corresponds|if)\b",
     re.IGNORECASE,
@@ -72,6 +71,12 @@ _SHARE = re.compile(
     r"|(?:stars?|points?|for|because|since|as|overall|due|given|here)\b))",
     re.IGNORECASE,
 )
+_SHARES = re.compile(
+    r"[0-9][*_` \t]*(?:/|out[ \t]+of\b)[*_` \t]*[0-9]+[*_` \t]*(?:,|&|(?:and|or|to|then|vs)\b)[*_` \t]*"
+    r"[0-9.]+[*_` \t]*(?:/|out[ \t]+of\b)",
+    re.IGNORECASE,
+)
+"""Two of them beside each other."""
 _SCALES = {"max", "maximum", "max_score", "out_of", "scale"}
 """Keys by which an object may tell another scale."""
 
@@ -86,7 +91,7 @@ def read_score(reply: str, scale: Scale = ZERO_TO_FIVE, *, decimals: bool = Fals
     finders: tuple[tuple[Rule, Callable[[], list[str | None]]], ...] = (
         ("score line", lambda: _score_lines(_without(reply, objects), scale)[-1:]),
         ("json", lambda: [_json_number(value, scale) for _, _, value in objects]),
-        ("out of", lambda: [m["number"] for m in _SHARE.finditer(reply) if int(m["whole"]) == scale.highest]),
+        ("out of", lambda: _shares(reply, scale)),
         ("number", lambda: [m[0] for m in [re.fullmatch(_NUMBER, reply.strip(" \t\r\n*_`\"'()[]."))] if m]),
     )
     for rule, find in finders:
@@ -95,6 +100,14 @@ def read_score(reply: str, scale: Scale = ZERO_TO_FIVE, *, decimals: bool = Fals
             scores = {_on(scale, number, decimals) for number in found}
             return Reading(scores.pop() if len(scores) == 1 else None, rule)
     return Reading(None, None)
+
+
+def read_score_of(title: str, reply: str, scale: Scale = ZERO_TO_FIVE, *, decimals: bool = False) -> Reading:
+    """The score of one aspect, in a reply that scores several: its last `Score (Title): N`, and nothing else."""
+    named = re.compile(rf"(?<![A-Za-z0-9])score[*_` \t]*\([*_` \t]*{re.escape(title)}[*_` \t]*\)", re.IGNORECASE)
+    lines = [named.sub("Score", line) for line in reply.splitlines() if named.search(line)]
+    numbers = _score_lines("\n".join(lines), scale)
+    return Reading(_on(scale, numbers[-1], decimals), "score line") if numbers else Reading(None, None)
 
 
 def _score_lines(text: str, scale: Scale) -> list[str | None]:
@@ -107,9 +120,20 @@ def _score_lines(text: str, scale: Scale) -> list[str | None]:
         whole = _OF.match(after)
         elsewhere = whole is not None and float(whole["whole"]) != scale.highest
         rest = after[whole.end() :] if whole else after
+        named = None if whole else _WHOLE.match(after)
+        if named is not None:
+            is_of_all = (named["what"] or "").strip().lower() in _UNITS
+            elsewhere = not is_of_all or float(named["whole"]) != scale.highest
+            rest = after[named.end() :]
         unclear = rest[:1].isalnum() or rest.lstrip()[:1] == "%" or rest[:1] in ("+", "/") or _ANOTHER.match(rest)
         numbers.append(None if elsewhere or unclear else match["number"])
     return numbers
+
+
+def _shares(reply: str, scale: Scale) -> list[str | None]:
+    if _SHARES.search(reply):
+        return [None]
+    return [match["number"] for match in _SHARE.finditer(reply) if int(match["whole"]) == scale.highest]
 
 
 def _scored_objects(reply: str) -> Iterator[tuple[int, int, Any]]:
@@ -149,43 +173,8 @@ def _on(scale: Scale, number: str | None, decimals: bool) -> float | None:
     form = r"-?(0|[1-9][0-9]*)" + (r"(\.[0-9]+)?" if decimals else "")
     if number is None or not re.fullmatch(form, number):
         return None
-    value = float(number)
+    value = float(number) + 0.0  # no -0
     return value if scale.lowest <= value <= scale.highest else None
-
-
-def ask_for_score(ask: Callable[[str | None], str], scale: Scale = ZERO_TO_FIVE) -> tuple[Reading, list[str]]:
-    """Ask a judge until its reply can be read, three times at most; returns every reply with the last reading.
-
-    Args:
-        ask: told the sentence to add to the prompt, which is None the first time.
-    """
-    replies: list[str] = []
-    reading = Reading(None, None)
-    while reading.score is None and len(replies) < TRIES:
-        replies.append(ask(scale.reminder if replies else None))
-        reading = read_score(replies[-1], scale)
-    return reading, replies
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Several readings of one judgement: the mean and spread (population) of those that could be read."""
-
-    mean: float | None
-    spread: float | None
-    n: int
-    unparsed: int
-
-
-def of_samples(readings: Sequence[Reading]) -> Sampled:
-    """Mean and spread of several replies to one request."""
-    scores = [reading.score for reading in readings if reading.score is not None]
-    return Sampled(
-        statistics.fmean(scores) if scores else None,
-        statistics.pstdev(scores) if scores else None,
-        len(scores),
-        len(readings) - len(scores),
-    )
 
 
 def read_pair(reply: str) -> tuple[float, float] | None:
@@ -202,7 +191,9 @@ Verdict = Literal["A", "B", "Tie(A)", "Tie(B)", "Tie"]
 """Which of two outputs is better, as they were shown; a tie may lean."""
 
 _SIDE = (
-    r"(?P<{0}>tie[ \t]*(?:\([ \t]*[AB][ \t]*\)|[AB]\b)?|(?:(?:model|output|answer|response|assistant)[ \t_]*)?[AB]\b)"
+    r"(?:an?[ \t]+(?=tie\b))?(?P<{0}>tie[ \t]*(?:\([ \t]*[AB][ \t]*\)|[AB]\b)?"
+    r"|(?:(?:model|output|answer|response|assistant)[ \t_]*)?[AB]\b"
+    r"(?![ \t]*(?:/|,|&|or\b|and\b)[ \t]*(?:(?:model|output|answer|response|assistant)[ \t_]*)?[AB]\b))"
 )
 _VERDICTS = (
     re.compile(rf"\[\[[ \t]*{_SIDE.format('side')}[ \t]*\]\]", re.IGNORECASE),

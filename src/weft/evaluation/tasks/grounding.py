@@ -29,7 +29,8 @@ def read(name: str, place: Place) -> Iterator[Sample]:
         grid = [float(int(edge / side * GRID)) for edge, side in zip(box, scale, strict=True)]
         asked = user(Image(path=path), Text(PROMPTS[place.variant].format(sent=sent)))
         identity = f"{number:06d}"
-        yield Sample(identity, Document((asked,), id=identity), {"box": grid, "size": [width, height]}, unit=path)
+        reference = {"box": grid, "pixels": [float(edge) for edge in box], "size": [width, height]}
+        yield Sample(identity, Document((asked,), id=identity), reference, unit=path)
 
 
 def _size(place: Place, path: str) -> tuple[int, int]:
