@@ -111,7 +111,9 @@ def read_image(root: Path, relative: str, *, where: str | None = None) -> bytes:
             raise ImageError(f"image {relative} does not exist", where=at, reason="image_missing")
         if status.st_size > MAX_BYTES:
             raise ImageError(f"image {relative} has more than {MAX_BYTES:,} bytes", where=at, reason="image_bytes")
-        return Path(file).read_bytes()
+        with open(file, "rb", buffering=0) as handle:
+            data = handle.read(status.st_size)
+            return data if len(data) == status.st_size else data + handle.readall()
     except OSError as error:
         is_no_name = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
         raise ImageError(

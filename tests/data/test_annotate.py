@@ -1,6 +1,7 @@
 """Roles ask exactly what they should, believe only what they may, and rules do without a model."""
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -94,6 +95,12 @@ def test_sentences_are_counted_as_a_reader_would(text, wanted):
 def test_sentences_hold_the_whole_text(text):
     assert "".join("".join(sentences(text)).split()) == "".join(text.split())
     assert bool(sentences(text)) == bool(text.strip())
+
+
+def test_a_run_of_marks_is_looked_at_once():
+    begin = time.process_time()
+    assert len(sentences("." * 300_000 + "x")) == 1
+    assert time.process_time() - begin < 5  # from every mark on anew: a minute
 
 
 @given(st.text(alphabet="ab. é中\n", max_size=80), st.integers(1, 20))

@@ -9,6 +9,8 @@ import numpy as np
 import pydantic
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
@@ -150,6 +152,19 @@ def test_sentences_are_counted_in_the_units_of_the_source(texts, source, reason)
         found, message = drop(stage(document))
         assert found == reason
         assert message.startswith(f"{13 if reason == 'too_many_sentences' else 0} sentences")
+
+
+@given(
+    st.lists(st.text(alphabet='aB.!…"\n。 ', max_size=12), max_size=4),
+    st.integers(0, 4),
+    st.none() | st.integers(0, 5),
+    st.sampled_from(["", "mmc4"]),
+)
+def test_what_is_within_limits_without_counting_is_so_by_counting(texts, least, most, source):
+    config = sentence_count.SentenceCount(min=least, max=most)
+    n = sentence_count.count_sentences(texts, source, config)
+    is_within = least <= n and (most is None or n <= most)
+    assert (sentence_count.judge(texts, source, config) is None) == is_within
 
 
 # The same picture twice

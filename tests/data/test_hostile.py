@@ -92,10 +92,10 @@ def test_a_build_names_every_archive_that_it_refuses_and_goes_on(tmp_path):
 def test_a_picture_that_may_not_be_read_is_told_from_one_that_is_not_there(tmp_path, monkeypatch):
     write(tmp_path, {"a.png": png()})
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("weft.images.open", refuse, raising=False)
     for name, reason in (("a.png", "image_unreadable"), ("b.png", "image_missing")):
         with pytest.raises(ImageError) as error:
             read_image(tmp_path, name)

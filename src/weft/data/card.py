@@ -96,8 +96,8 @@ def contents(folder: Path) -> Contents:
             groups = range(opened.metadata.num_row_groups)
             found.unpacked += sum(opened.metadata.row_group(group).total_byte_size for group in groups)
             for batch in opened.iter_batches(columns=["id", "meta"]):
-                for row in batch.to_pylist():
-                    found.add(Document((), row["id"], json.loads(row["meta"])))
+                for identity, meta in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    found.add(Document((), identity, json.loads(meta)))
     return found
 
 

@@ -168,7 +168,7 @@ def rejected(file: str, line: int | None, error: RecordError) -> Record:
 
 
 def drop_record(item: Processed, stage: str, loss: Loss) -> Processed:
-    """The same record, dropped by a stage that sees more than one record at a time."""
+    """The same record, dropped by a stage with all it still has."""
     assert item.document is not None
     drop = Drop(loss, stage, item.record.file, item.record.line, item.document.id, item.kept)
     return Processed(item.record, None, (*item.drops, drop))
@@ -236,6 +236,8 @@ def _changed(item: Processed, name: str, outcome: Outcome, writes: bool) -> Proc
     """The record after a stage that left something else of it; one left untouched needs no counting."""
     (record, document, drops), (after, losses) = item, outcome
     assert document is not None
+    if after is None and len(losses) == 1 and losses[0].what == "record":
+        return drop_record(item, name, losses[0])
     before = count(document)
     wrote = (Count() if after is None else count(after)) - (before - _total(losses, before))
     if wrote != Count() and not (writes and wrote == Count(texts=max(wrote.texts, 0))):
@@ -248,9 +250,7 @@ def _changed(item: Processed, name: str, outcome: Outcome, writes: bool) -> Proc
     return Processed(record, after, (*drops, *_without_texts(placed, written)))
 
 
-def _placed(
-    record: Record, stage: str, identity: str | None, losses: Sequence[Loss], whole: Count
-) -> tuple[Drop, ...]:
+def _placed(record: Record, stage: str, identity: str | None, losses: Sequence[Loss], whole: Count) -> tuple[Drop, ...]:
     return tuple([Drop(loss, stage, record.file, record.line, identity, _size(loss, whole)) for loss in losses])
 
 

@@ -4,6 +4,7 @@ A record is a parsed value, a row, a sample of an archive, or why it is none of 
 holds: a source made by `file_source` gives one rejected record for each that cannot be read.
 """
 
+import functools
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +36,13 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        return (self.root / self.file).parent
+        return _folder(self.root, self.file)
+
+
+@functools.lru_cache(maxsize=1)
+def _folder(root: Path, file: str) -> Path:
+    # asked for by every record of a file
+    return (root / file).parent
 
 
 def file_source(

@@ -57,14 +57,15 @@ def _lines(handle: IO[bytes]) -> Iterator[tuple[int, Line]]:
     """Offset and bytes of every line."""
     offset = handle.tell()
     while line := handle.readline(MAX_RECORD + 1):
-        end = line[-1:]
         found: Line = line
-        if len(line) > MAX_RECORD and end != b"\n":
+        next_offset = offset + len(line)
+        if len(line) > MAX_RECORD and not line.endswith(b"\n"):
             found = RecordError("too_large", f"line has more than {MAX_RECORD:,} bytes")
-            while end not in (b"\n", b""):
-                end = handle.readline(MAX_RECORD)[-1:]
+            while line and not line.endswith(b"\n"):
+                line = handle.readline(MAX_RECORD)
+                next_offset += len(line)
         yield offset, found
-        offset = handle.tell()
+        offset = next_offset
 
 
 def _is_packed(file: str) -> bool:
