@@ -1,13 +1,14 @@
 """Captions, short answers, choices, boxes and rankings: what `metrics/` says of a text, one answer at a time."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weft.errors import UsageError
 from weft.evaluation.metric import Answered, Context, Measured, Metric, Sums, each
-from weft.evaluation.metrics import captions, choices, dialogue, grounding, java, vqa, yes_no
+from weft.evaluation.metrics import captions, choices, dialogue, grounding, java, ptb, vqa, yes_no
 from weft.evaluation.metrics.captions import Overlap
 from weft.evaluation.records import Record
 
@@ -18,22 +19,43 @@ def _captions(
     score: Callable[[Sequence[str], Sequence[Sequence[str]]], Any], name: str, cut: Callable[[str], str]
 ) -> Any:
     def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
-        said = [tokenise(cut(answer.text)) for answer in answers]
-        wanted = [list(map(tokenise, answer.sample.reference["captions"])) for answer in answers]
+        said, wanted = _tokenised(answers, cut)
         for answer, value, text in zip(answers, score(said, wanted).per_sample, said, strict=True):
             yield Measured(answer.id, {name: value}, text)
 
     return measure
 
 
-@functools.lru_cache(maxsize=2**18)
-def tokenise(text: str) -> str:
-    """Remembered: three metrics read the same captions, and this is most of what they cost."""
-    return captions.TOKENIZERS["ptb"](text)
-
-
 def _whole(text: str) -> str:
     return text
+
+
+def _tokenised(
+    answers: Sequence[Answered], cut: Callable[[str], str] = _whole
+) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Words of what was said and of each sample's captions."""
+    groups = [answer.sample.reference["captions"] for answer in answers]
+    words = iter(tokenise(list(itertools.chain.from_iterable(groups))))
+    wanted = [tuple(itertools.islice(words, len(group))) for group in groups]
+    return tokenise([cut(answer.text) for answer in answers]), wanted
+
+
+def tokenise(texts: Sequence[str]) -> list[str]:
+    """The words of each caption; as the original reads them, one after another, the next is context for the one before.
+
+    A caption's words, and so its scores, depend on its neighbours: metrics of captions are of the whole set.
+    """
+    words, following = [], ""
+    for text in reversed(texts):
+        words.append(_words(text, following))
+        following = text if text.strip() else "\n" + following.lstrip("\n")
+    return words[::-1]
+
+
+@functools.lru_cache(maxsize=2**18)
+def _words(text: str, following: str) -> str:
+    """Remembered: the metrics read the same captions, and this is most of what they cost."""
+    return ptb.tokenize(text, following)
 
 
 def _first_sentence(text: str) -> str:
@@ -41,11 +63,11 @@ def _first_sentence(text: str) -> str:
     return text.split(".")[0]
 
 
-def _bleu(answer: Answered, context: Context) -> Measured:
-    said, wanted = tokenise(answer.text), list(map(tokenise, answer.sample.reference["captions"]))
-    counts = Overlap.of(said, wanted)
-    values = {f"bleu_{n}": value for n, value in enumerate(counts.bleu(), 1)}
-    return Measured(answer.id, values, said, extra={"counts": _counts(counts)})
+def _bleu(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+    for answer, text, wanted in zip(answers, *_tokenised(answers), strict=True):
+        counts = Overlap.of(text, wanted)
+        values = {f"bleu_{n}": value for n, value in enumerate(counts.bleu(), 1)}
+        yield Measured(answer.id, values, text, extra={"counts": _counts(counts)})
 
 
 def _counts(overlap: Overlap) -> list[int]:
@@ -64,8 +86,7 @@ CORPUS_BLEU = Sums(lambda record: record.extra["counts"], _bleu_of)
 
 def _meteor(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
     """All at once: the program takes seconds to start."""
-    said = [tokenise(answer.text) for answer in answers]
-    wanted = [list(map(tokenise, answer.sample.reference["captions"])) for answer in answers]
+    said, wanted = _tokenised(answers)
     for answer, text, counts in zip(answers, said, java.meteor_counts(said, wanted), strict=True):
         yield Measured(answer.id, {"meteor": java.meteor_score(counts)}, text, extra={"counts": counts})
 
@@ -294,12 +315,14 @@ METRICS = {
         _captions(captions.cider_d, "cider_d", _first_sentence),
         whole=True,
     ),
-    "bleu/ptb": _metric("BLEU-1 to BLEU-4 of the corpus", each(_bleu), aggregate=CORPUS_BLEU),
-    "rouge-l/ptb": _metric("ROUGE-L", _captions(captions.rouge_l, "rouge_l", _whole)),
+    "bleu/ptb": _metric("BLEU-1 to BLEU-4 of the corpus", _bleu, aggregate=CORPUS_BLEU, whole=True),
+    "rouge-l/ptb": _metric("ROUGE-L", _captions(captions.rouge_l, "rouge_l", _whole), whole=True),
     "meteor/1.5-ptb": _metric(
-        "METEOR of the corpus; needs Java", _meteor, aggregate=CORPUS_METEOR, lacks=java.meteor_lacks
+        "METEOR of the corpus; needs Java", _meteor, aggregate=CORPUS_METEOR, lacks=java.meteor_lacks, whole=True
     ),
-    "spice/1.0-ptb": _metric("SPICE; needs Java", _captions(java.spice, "spice", _whole), lacks=java.spice_lacks),
+    "spice/1.0-ptb": _metric(
+        "SPICE; needs Java", _captions(java.spice, "spice", _whole), lacks=java.spice_lacks, whole=True
+    ),
     "vqa/v2": _metric("VQAv2 accuracy", _vqa(_v2, "whole")),
     "vqa/v2-mm-interleaved": _metric("VQAv2 accuracy of what is cut out of the answer", _vqa(_v2, "mm-interleaved")),
     "vqa/vizwiz": _metric("VizWiz accuracy", _vqa(_vizwiz, "whole")),

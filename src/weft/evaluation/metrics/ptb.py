@@ -15,34 +15,56 @@ REMOVED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "
 """Brackets are on the original's list too, but in capitals, and tokens are in lower case by then: they stay."""
 
 
-def tokenize(text: str) -> str:
+def tokenize(text: str, following: str = "") -> str:
     """The words of a caption, joined by single blanks.
 
     A few words hold a space of their own, which does not break (`1 1/2`); `str.split` splits there, as in the original.
+
+    Args:
+        text: a caption.
+        following: the lines behind it, which the original, reading a corpus as one text, looks at: of `the letter B.`
+            the full stop is the sentence's if the next caption begins with `A`, and else the letter's.
     """
-    return " ".join(word for word in tokens(text.replace("\n", " ")) if word not in REMOVED)
+    return " ".join(word for word in tokens(text.replace("\n", " "), following) if word not in REMOVED)
 
 
-def tokens(text: str) -> list[str]:
+def tokens(text: str, following: str = "") -> list[str]:
     """All tokens of a line, in lower case, punctuation included."""
-    return [part.lower() for token in _tokens(text) for part in token.split(" ") if part]
+    return [part.lower() for token in _tokens(text, following) for part in token.split(" ") if part]
 
 
-_APOS = "(?:['\x92\u2019]|&apos;)"
+_APOS = "(?:['\x92\u2019]|(?i:&apos;))"
+_ANY_APOS = "(?:['`\x91\x92\u2018\u2019\u201b]|(?i:&apos;))"
+_QUOTES = str.maketrans(
+    {
+        **dict.fromkeys("\x92\u2019\u203a", "'"),
+        **dict.fromkeys("\x91\u2018\u201b\u2039", "`"),
+        **dict.fromkeys("\x94\u201d\xbb", "''"),
+        **dict.fromkeys("\x93\u201c\xab", "``"),
+        **dict.fromkeys("\x82\x84", ""),
+    }
+)
+"""Marks as ASCII has them."""
 _MARKS = "\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u064b-\u065e\u0900-\u0963\u0966-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ecd"
 _NUMERALS = "\xb2\xb3\xb9\xbc-\xbe\u2070-\u209c\u2150-\u218b\u2460-\u24ff\u2776-\u2793"
-_L = rf"(?:(?![{_NUMERALS}])[^\W\d_\U00010000-\U0010ffff]|[{_MARKS}\xad])"
-_D = r"[\d\xad]"
+_LETTER = rf"(?:(?![{_NUMERALS}])[^\W\d_\U00010000-\U0010ffff])"
+_L = rf"(?:{_LETTER}|[{_MARKS}\xad])"
+_DIGITS = r"\d(?:[\d\xad]*\d)?"
+"""Soft hyphens are read over inside numbers and words, and each kind of them differs where they may stand."""
 _LD = rf"(?:{_L}|\d)"
+_ALNUM = rf"(?:{_LETTER}|\d)"
+"""Without what _LD has besides: marks and soft hyphens."""
 _SPACE = "[ \t\xa0\u2000-\u200a\u3000]"
+_BLANK = rf"(?:{_SPACE}|\n)"
 _HYPHEN = "[-_\u058a\u2010\u2011]"
-_AMP = "(?:&|&amp;)"
+_AMP = "&(?:(?i:amp);)?"
 _WORD = rf"{_L}{_LD}*(?:[.!?]{_L}{_LD}*)*"
-_ELIDED = rf"(?:[dDoOlL]{_APOS}{_LD})?"
-_HYPHENED = rf"{_ELIDED}{_LD}+(?:{_HYPHEN}{_ELIDED}{_LD}+)*"
+_ELIDED = rf"(?:[dDoOlL]{_ANY_APOS}{_ALNUM})?"
+_HYPHENED = rf"{_ELIDED}{_ALNUM}+(?:{_HYPHEN}{_ELIDED}{_ALNUM}+)*"
+_DOTTED = r"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-[A-Za-z0-9\xad]+)"
 _AMPED = rf"[A-Z]+(?:(?:[+]|{_AMP})[A-Z]+)+"
-_WITHIN = rf"(?:[A-HJ-XZn]{_APOS}{_L}{_L}{_LD}*|{_L}+[aeiouyAEIOUY]{_APOS}[aeiouAEIOU]{_L}*)"
-_NUMBER = rf"(?:{_D}*(?:[.:,\u066b\u066c]{_D}+)+|{_D}+)"
+_WITHIN = rf"(?:[A-HJ-XZn]{_ANY_APOS}{_LETTER}{_LETTER}+|{_LETTER}+[aeiouyAEIOUY]{_ANY_APOS}[aeiouA-Z]{_LETTER}*)"
+_NUMBER = rf"(?:\xad*(?:{_DIGITS})?(?:[.:,\u066b\u066c]{_DIGITS})+|\xad*{_DIGITS})"
 _AUX = rf"{_APOS}(?:[msdMSD]|[rR][eE]|[vV][eE]|[lL][lL])"
 _SYMBOLS = (
     r"\xa1\xa5-\xa9\xac\xae-\xb4\xb6-\xb9\xbf\xd7\xf7\u2016\u2017\u201a\u201e-\u2023\u2030-\u2038\u203b"
@@ -51,46 +73,54 @@ _SYMBOLS = (
     r"\uffe5\uffe6"
 )
 """Each a token of its own."""
-_URL_END = r"[^ \t\xa0\n\"<>|.!?(){},-]"
-_DOMAIN = r"[^ \t\xa0\n\"`'<>|.!?(){},-_$]+\."
+_URL_END = r"[^ \t\n\"<>|.!?(){},-]"
+_DOMAIN = r"[^ \t\n\"`'<>|.!?(){},-_$]+\."
 """`,-_` is a range: no digits, capitals, slashes or colons."""
-_PATH = rf"(?:/[^ \t\xa0\n\"<>|()]+{_URL_END})?"
-_ATTRIBUTE = (
-    rf"{_SPACE}+[A-Za-z][A-Za-z0-9_:.-]*(?:{_SPACE}*={_SPACE}*(?:'[^']*'|\"[^\"]*\"|[A-Za-z][A-Za-z0-9_:.-]*))?"
-)
+_URL_TEXT = r"[^ \t\n\"<>|()"
+"""The beginning of a set; what else an address cannot hold depends on its kind."""
+_PATH = rf"(?:/{_URL_TEXT}]+{_URL_END})?"
+_NAME = "[A-Za-z][A-Za-z0-9_:.-]*"
+_ATTRIBUTE = rf" +{_NAME}(?: *= *(?:'[^'\n]*'|\"[^\"\n]*\"|{_NAME}))?"
+_TAG = rf"<(?:[!?][A-Za-z-][^>\n]*|/{_NAME} *|{_NAME}(?:{_ATTRIBUTE})* */? *)>"
 
+_IN_TWO = "cannot gimme gonna gotta lemme wanna"
 _ABBREVIATIONS = """
-    adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd brig bros calif capt cf
-    cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga
-    gen gov govs hon inc ind insp intl invt jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mich minn mlle
-    mme mo mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn pfc ph plc pres prof profs pvt rd rep reps rev rt
-    sen sens sep sept seq sfc sgt spc sq sr st ste supt supts sys tel tenn thu thurs treas tue tues univ va vs vt wed
-    wis wisc wm wyo
+    adj adm adv alex assoc asst atty attys ave brig capt cf cie cmdr col comdr cpl dept det dr drs elec ens ft gen gov
+    govs hon insp invt jos lieut lt maj messrs mlle mme mr mrs ms msgr mt natl pfc ph pres prof profs pvt rep reps rev
+    sen sens sfc sgt spc st ste supt supts treas vs wm
 """
-_CAPITAL_ABBREVIATIONS = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
-"""Small letters make these words."""
+_PARTING = r"""
+    al ala apr ariz assn aug bancorp bhd bldg blvd bros calif co colo conn corp cos ct dak dec ed\.d esq est etc
+    ext feb fla fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla
+    penn ph\.d plc rd rt sep sept seq sq sr sys tel tenn thu thurs tue tues univ va vt wed wis wisc wyo
+"""
+"""Months, days, states, companies and the like: they part from what is glued to them as well."""
+_PARTING_CAPITALIZED = "ark az del ill la mass miss ore pa tex wash"
+"""Without a capital these are words."""
 _NUMBERED = "art ca fig figs no nos op pp prop"
 """Abbreviations before a number only."""
-_NOT_CAPITALS = "[mM]fg [mM]tg [pP]pte [pP]pty [pP]tes? [pP]tys?"
-_STARTERS = """
+_STARTERS = r"""
     A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now Once One
-    Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You
+    Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You Mr\. Ms\.
 """
 """Words that begin a sentence: a single letter before them ends one."""
 _FILES = """
     jpe?g png gif bmp pdf txt html? xml exe docx? ppt zip tar gz py java c h cpp php mp3 wav mov bat pl dll jar class ps
+    x
 """
 """Ends of file names."""
-_URL_TEXT = r"[^ \t\xa0\n\"<>|()"
 
 
 def _any_of(words: str) -> str:
     return "(?:" + "|".join(sorted(words.split(), key=len, reverse=True)) + ")"
 
 
+_PARTS = rf"(?:(?i:{_any_of(_PARTING)})|(?=[A-Z])(?i:{_any_of(_PARTING_CAPITALIZED)})|[pP](?:p?t[ey]|t[ey]s))\."
+
+
 class _Rule(NamedTuple):
     pattern: re.Pattern[str]
-    """What is matched; group 1, where there is one, is the token, and the rest its context."""
+    """What is matched; a group that took part is the token, and the rest its context."""
     write: Callable[[str], str]
     """The token as it is written; blanks part tokens."""
 
@@ -100,7 +130,11 @@ def _same(token: str) -> str:
 
 
 def _straight(token: str) -> str:
-    return re.sub(_APOS, "'", token)
+    return token.replace("&apos;", "'").translate(_QUOTES)
+
+
+def _ampersand(token: str) -> str:
+    return re.sub(_AMP, "&", token)
 
 
 def _soft(token: str) -> str:
@@ -121,10 +155,6 @@ def _brackets(token: str) -> str:
     return _round(token)
 
 
-def _split_at(place: int) -> Callable[[str], str]:
-    return lambda token: f"{token[:place]} {token[place:]}"
-
-
 def _always(written: str) -> Callable[[str], str]:
     return lambda _: written
 
@@ -136,31 +166,34 @@ def _phone(token: str) -> str:
 _RULES = [
     _Rule(re.compile(pattern), write)
     for pattern, write in (
-        (r"(?i:cannot|gonna|gotta|lemme|gimme|wanna)", _split_at(3)),
-        (r"(?i:'tis|'twas)", _split_at(2)),
-        (rf"<(?:[!?][A-Za-z-][^>]*|/[A-Za-z][A-Za-z0-9_:.-]*{_SPACE}*|[A-Za-z][A-Za-z0-9_:.-]*(?:{_ATTRIBUTE})*"
-         rf"{_SPACE}*/?{_SPACE}*)>", _joined),
+        (rf"(?i:(?={_any_of(_IN_TWO)})(...)(?:not|..)|('t)(?:is|was))", _same),
+        (_TAG, _joined),
         (rf"({_WORD})(?:{_AUX})", _soft),
-        (rf"({_L}*[A-MO-Za-mo-z\xc0-\xff])[nN]{_APOS}[tT]", _soft),
-        (rf"[nN]{_APOS}[tT]", _straight),
+        (rf"([A-Za-z\xad]*[A-MO-Za-mo-z]\xad*)[nN]{_ANY_APOS}[tT]", _soft),
+        (rf"[nN]{_ANY_APOS}[tT]", _straight),
         (rf"({_AUX})[^A-Za-z]", _straight),
         (_WORD, _soft),
         (rf"{_APOS}[nN]{_APOS}?|[lLdDjJ]{_APOS}|(?i:dunkin|somethin|ol){_APOS}|(?i:{_APOS}(?:em|cause|till?))", _same),
-        (rf"{_APOS}[2-9]0s|(?i:e{_APOS}er|c{_APOS}mon|c{_APOS}est|cap{_APOS}n|ev{_APOS}ry|li{_APOS}l|nat{_APOS}l)",
-         _same),
+        (rf"(?i:{_APOS}[2-9]0s|c{_APOS}est|cap{_APOS}n|e'er|c'mon|ev'ry|li'l|nat'l)", _same),
+        (rf"(?i:s'mores|nor'easter|cont'd\.|o{_ANY_APOS}o)", _same),
+        (r"(?i:pro|anti)-", _same),
+        (rf"(?i:s{_AMP}(?:ls|p-500))", _ampersand),
         (_WITHIN, _same),
         (rf"([yY]{_APOS}){_L}", _same),
-        (rf"({_APOS}\d\d)[ \t\n]", _same),
-        (rf"https?://{_URL_TEXT}]+{_URL_END}", _same),
-        (rf"(?:www\.(?:{_URL_TEXT}.!?{{}},]+\.)+[a-zA-Z]{{2,4}}|(?:{_DOMAIN})+(?i:com|net|org|edu)){_PATH}", _same),
-        (rf"(?:&lt;|<)?[a-zA-Z0-9]{_URL_TEXT}{{}}]*@(?:{_URL_TEXT}{{}}.]+\.)*{_URL_TEXT}{{}}.]+(?:&gt;|>)?", _same),
+        (rf"({_APOS}\d\d){_BLANK}", _same),
+        (rf"(?i:https?)://{_URL_TEXT}{{}}]+{_URL_END}", _same),
+        (rf"(?:(?i:www)\.(?:{_URL_TEXT}/.!?{{}},]+\.)+[a-zA-Z]{{2,4}}|(?:{_DOMAIN})+(?i:com|net|org|edu)){_PATH}",
+         _same),
+        (rf"(?:&lt;|<)?[a-zA-Z0-9]{_URL_TEXT}\xa0{{}}]*@(?:{_URL_TEXT}\xa0{{}}.]+\.)*{_URL_TEXT}\xa0{{}}.]+"
+         r"(?:&gt;|>)?", _same),
+        (rf"({_PARTS})(?:.|\n){{2}}", _same),
         (rf"#{_L}+|@[A-Za-z_][A-Za-z_0-9]*", _same),
         (r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}", _same),
         (rf"[-+]?{_NUMBER}", _soft),
         (r"[\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+)", _same),
         (r"(?:\d{1,4}[- \xa0])?\d{1,4}(?:\\?/|\u2044)\d{1,4}", _joined),
-        (r"[A-Za-z0-9][A-Za-z0-9.,]*(?:-[A-Za-z0-9]+)*-(?:[A-Za-z]\.){2,}", _same),
-        (rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-[A-Za-z0-9]+)+|\d+(?:\.\d+)*\.[xX](?!{_LD})", _same),
+        (rf"{_DOTTED}*-(?:[A-Za-z]\.){{2,}}(?:-[A-Za-z0-9\xad]+)*", _soft),
+        (rf"{_DOTTED}+", _soft),
         ("\xbc", _always("1/4")),
         ("\xbd", _always("1/2")),
         ("\xbe", _always("3/4")),
@@ -171,14 +204,12 @@ _RULES = [
         ("\xa2", _always("cents")),
         (r"[A-Z]*\$|#+", _same),
         (r"[A-Za-z](?:\.[A-Za-z])*\.", _same),
-        (rf"({_LD}+\.(?i:{_any_of(_FILES)}))[ \t\n.,?!]", _same),
-        (r"(?:Canada|Sino|Korean|EU|Japan|non)-U\.S\.", _same),
-        (rf"[A-Za-z](?:\.[A-Za-z])+\.?-[A-Za-z]+{_LD}*(?:-{_LD}+)*", _same),
-        (rf"([A-Za-z])\.{_SPACE}+(?:{_any_of(_STARTERS)}|{_any_of(_STARTERS.upper())}){_SPACE}", _same),
-        (rf"(?i:ph|ed)\.[dD]\.|(?i:{_any_of(_ABBREVIATIONS)})\.|{_any_of(_CAPITAL_ABBREVIATIONS)}\."
-         rf"|{_any_of(_NOT_CAPITALS)}\.", _same),
-        (rf"((?i:{_any_of(_NUMBERED)})\.){_SPACE}*\d", _same),
-        (rf"((?:{_WORD}|{_HYPHENED}|{_AMPED}|{_WITHIN})\.)[,;:]", _soft),
+        (rf"({_LD}+(?:\.{_LD}+)*\.(?i:{_any_of(_FILES)}))(?:{_BLANK}|[.,?!])", _same),
+        (r"[A-Za-z](?:\.[A-Za-z])+\.?-[A-Za-z]+[A-Za-z0-9\xad]*(?:-[A-Za-z0-9\xad]+)*", _soft),
+        (rf"([A-Za-z])\.{_BLANK}+(?:{_any_of(_STARTERS)}|{_any_of(_STARTERS.upper())}|{_TAG}){_BLANK}", _same),
+        (rf"(?i:{_any_of(_ABBREVIATIONS)})\.|[mM][ft]g\.|{_PARTS}", _same),
+        (rf"((?i:{_any_of(_NUMBERED)})\.){_BLANK}?\d", _same),
+        (rf"((?:{_WORD}|{_HYPHENED}|{_DOTTED}+|{_AMPED})\.)[,;:]", _soft),
         (r"(?:\(\d{2,3}\)[ \xa0]?|(?:\+\+?)?(?:\d{2,4}[- \xa0])?\d{2,4}[- \xa0])\d{3,4}[- \xa0]?\d{3,5}"
          r"|(?:(?:\+\+?)?\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}", _phone),
         ("(')[A-Za-z][^ \t\xa0\n]", _always("'")),
@@ -186,18 +217,19 @@ _RULES = [
         (r"([<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])[^A-Za-z0-9]", _round),
         (r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)", _round),
         (_HYPHENED, _soft),
-        (_AMPED, lambda token: token.replace("&amp;", "&")),
+        (_AMPED, _ampersand),
         (r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}", _same),
-        (r"\.{3,5}|\u2026", _always("...")),
+        (r"\.{3,5}|\.(?:[ \xa0]\.){2,4}|\u2026", _always("...")),
         (r"[?!]+", _same),
-        (r"-{2,4}|[\x96\x97\u2013\u2014\u2015]", _always("--")),
+        (r"-{2,4}|[\x96\x97\u2013\u2014\u2015]|(?i:&[mn]dash;)", _always("--")),
         (r"-{5,}|\*+|_+|@+|[~^]", _same),
-        (r"&nbsp;", _always("")),
+        (r"(?i:&nbsp;)", _always("")),
         (r"(?i:&amp;)", _always("&")),
         (r"(?i:&lt;)", _always("<")),
         (r"(?i:&gt;)", _always(">")),
-        (r"[\"\x93\x94\u201c\u201d\xab\xbb]|&quot;|``|''", _always("''")),
-        (r"['\u2019\u2018\u201b\u2039\u203a`\x91\x92]|&apos;", _always("'")),
+        (r"[`\u2018-\u201f\u2039\u203a\xab\xbb\x82\x84\x91-\x94]{1,2}", _straight),
+        (r"\"|&quot;|''", _always("''")),
+        (rf"{_APOS}|(?i:&quot;)", _straight),
         (r"&#\d+;|<<|>>|[cC]\+\+|[cCfF]#|(?:\\\*)+", _same),
         (r"[]()\[{}]", _brackets),
         (r"-(?i:[lr][rsc]b)-", _same),
@@ -205,23 +237,26 @@ _RULES = [
         (rf"[{_SYMBOLS}]", _same),
     )
 ]  # fmt: skip
-_ALONE = re.compile(r"[A-Za-z][A-Za-z'\u2019-]+[.,!?;:]?(?=[ \n])")
+_ALONE = re.compile(r"[A-Za-z][A-Za-z'\u2019-]+(?:[,!?;:]|(?<!['\u2019-][A-Za-z])\.)?(?=[ \n])(?! \.)")
 """Most of a caption: letters up to a blank, whose tokens do not depend on what is behind the blank."""
+_WIDE = "\xa0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u3000"
+"""Spaces that may belong to an address, but not behind a plain one."""
 _PLAIN = re.compile(r"[A-Za-z]+")
-_SPLIT = {"cannot", "gonna", "gotta", "lemme", "gimme", "wanna"}
-_BEFORE_NUMBERS = {f"{word}." for word in _NUMBERED.split()}
+_BEFORE_NUMBERS = tuple(f"{word}." for word in _NUMBERED.split())
 
 
-def _tokens(text: str) -> Iterator[str]:
-    text += "\n"
-    at = 0
-    while at < len(text):
+def _tokens(text: str, following: str) -> Iterator[str]:
+    at, end = 0, len(text)
+    text = f"{text}\n{following}\n"
+    while at < end:
         alone = _ALONE.match(text, at)
-        if alone and alone[0].lower() not in _BEFORE_NUMBERS:
+        if alone and not alone[0].lower().endswith(_BEFORE_NUMBERS):
             yield from _tokens_alone(alone[0])
             at = alone.end()
-        elif text[at] in " \n":
+        elif text[at] in " \t\n":
             at += 1
+            while text[at] in _WIDE and at < end:
+                at += 1
         else:
             token, length = _next(text, at)
             yield token
@@ -230,7 +265,7 @@ def _tokens(text: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _tokens_alone(text: str) -> tuple[str, ...]:
-    if _PLAIN.fullmatch(text) and text.lower() not in _SPLIT:
+    if _PLAIN.fullmatch(text) and text.lower() not in _IN_TWO.split():
         return (text,)
     found, at = [], 0
     while at < len(text):
@@ -247,6 +282,6 @@ def _next(text: str, at: int) -> tuple[str, int]:
     for rule in _RULES:
         found = rule.pattern.match(text, at)
         if found and found.end() - at > reach:
-            best, reach, write = found[1 if rule.pattern.groups else 0], found.end() - at, rule.write
+            best, reach, write = found[found.lastindex or 0], found.end() - at, rule.write
     # What no rule knows, pictographs among it, parts words and is dropped.
     return (write(best), len(best)) if best else ("", 1)
