@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image as PILImage
 
 from weft.adapters import AdapterConfig, adapter_parameters, attach
 from weft.backbones import load_backbone
@@ -164,7 +165,9 @@ def test_each_aspect_sees_its_own_fault(reader):
 
 def test_a_shuffled_order_is_the_same_picture_and_the_same_places(nano):
     scene = random_scene(random.Random(1))
-    plain, shuffled = MiniatureBackbone(nano, "patch"), MiniatureBackbone(nano, "permuted")
+    plain, shuffled = MiniatureBackbone(nano, "familiar"), MiniatureBackbone(nano, "permuted")
+    for model in (plain, shuffled):
+        model.write_anew()
     ours, theirs = (model.encode_images([draw(scene)], generated=True)[0] for model in (plain, shuffled))
     assert sorted(shuffled.order.tolist()) == list(range(4)) and shuffled.order.tolist() != list(range(4))
     assert theirs.ids.tolist() == ours.ids[shuffled.order].tolist()
@@ -182,6 +185,18 @@ def test_a_shuffled_order_is_the_same_picture_and_the_same_places(nano):
     assert kept
     for i in kept:
         assert np.allclose(other[inner][i].detach(), one[inner][shuffled.order[i]].detach(), atol=1e-6)
+
+
+def test_rows_are_written_from_right_to_left_and_read_back(nano):
+    picture = PILImage.new("RGB", (16, 16), "white")
+    picture.paste("black", (0, 0, 8, 16))
+    plain, mirrored = MiniatureBackbone(nano, "familiar"), MiniatureBackbone(nano, "patch")
+    ours = plain.encode_images([picture], generated=True)[0]
+    assert mirrored.encode_images([picture], generated=True)[0].ids.tolist() == ours.ids.tolist()
+    mirrored.write_anew()
+    theirs = mirrored.encode_images([picture], generated=True)[0]
+    assert theirs.ids.tolist() == ours.ids.reshape(2, 2).flip(1).flatten().tolist() != ours.ids.tolist()
+    assert np.array_equal(plain.decode_image(ours), mirrored.decode_image(theirs))
 
 
 def _cells(model, layout):

@@ -3,14 +3,19 @@
     patch      the tiny generalist's own: one code for each 8 x 8 patch, which knows nothing of its neighbours
     permuted   the same codes, written in a fixed random order: what stands up and left in the sequence's grid is not
                what lies up and left in the picture
+    familiar   the same codes, in the order in which the generalist has learnt to draw
     field      codes of an encoder that sees 16 x 16 pixels around each patch, half of each neighbour, as tokenizers of
                real models do; a codec of its own, trained here
     vector     the same encoder's output before it is rounded to a code, normalised, predicted by regression
 
-The generalist learns an alphabet that is not its own by going on with its single skills (never stories) with all
-weights, for the same number of steps each. What a new code or vector means is known before that as far as linear
-algebra can tell: a code starts as the mean of what stood at its patches before, vectors by least squares. How well it
-is known in the end is measured by drawing held-out captions, and stands in the report.
+A generalist that can draw already leaves an adapter nothing to learn about pictures: in the familiar order all arms end
+at the same place. So while arms are tuned, every row of a picture is written from right to left, and what stands where
+has to be learnt. Neighbours stay neighbours, but where the order is random.
+
+The generalist learns codes that are not its own by going on with its single skills (never stories, and from left to
+right) with all weights, for the same number of steps each. What a new code or vector means is known before that as far
+as linear algebra can tell: a code starts as the mean of what stood at its patches before, vectors by least squares. How
+well it is known in the end is measured by drawing held-out captions, and stands in the report.
 """
 
 import dataclasses
@@ -57,6 +62,8 @@ SEED = 20_261_121
 """Of what is drawn to make alphabets; arms and held-out stories have others."""
 CODEC_RATE, BASE_RATE = 2e-3, 1.5e-3
 CODEC_BATCH, BASE_BATCH = 32, 16
+OWN: tuple[Alphabet, ...] = ("patch", "permuted", "familiar")
+"""Of codes that the generalist has from the start."""
 SKILLS = {"draw": 34, "edit": 40, "tell": 8, "again": 4, "say": 14}
 """Documents of each kind, in percent, while an alphabet is learnt: what the generalist was made with."""
 
@@ -89,10 +96,8 @@ class MiniatureBackbone(TinyBackbone):
         config, width = of.config.codec, of.config.width
         if alphabet in ("field", "vector"):
             self.codec = FieldCodec(config)
-        patches = self.form.patches
-        order = permutation(SEED, 0, patches) if alphabet == "permuted" else range(patches)
         # the cell of the picture at each place of the sequence
-        self.register_buffer("order", torch.tensor(tuple(order)))
+        self.register_buffer("order", torch.arange(self.form.patches))
         if alphabet == "vector":
             self.kind = "continuous"
             self.codes, self.feature_width = 0, config.code_width
@@ -101,7 +106,7 @@ class MiniatureBackbone(TinyBackbone):
             self.register_buffer("mean", torch.zeros(config.code_width))
             self.register_buffer("spread", torch.ones(config.code_width))
         own = {name: tensor for name, tensor in of.state_dict().items() if not name.startswith("codec.")}
-        if alphabet in ("patch", "permuted"):
+        if alphabet in OWN:
             own |= {name: tensor for name, tensor in of.state_dict().items() if name.startswith("codec.")}
         self.load_state_dict(own, strict=False)
         self.requires_grad_(False).eval()
@@ -109,6 +114,14 @@ class MiniatureBackbone(TinyBackbone):
     order: Tensor
     mean: Tensor
     spread: Tensor
+
+    def write_anew(self) -> None:
+        """From now on pictures are written in an order that the generalist has not learnt, but for `familiar`."""
+        patches, columns = self.form.patches, self.form.cols
+        if self.alphabet == "permuted":
+            self.order.copy_(torch.tensor(tuple(permutation(SEED, 0, patches))))
+        elif self.alphabet != "familiar":
+            self.order.copy_(torch.arange(patches).unflatten(0, (-1, columns)).flip(1).flatten())
 
     @torch.no_grad()
     def encode_images(self, pictures: "Sequence[PILImage.Image]", *, generated: bool) -> list[Elements]:
@@ -155,13 +168,12 @@ def make(
             in the rounding alone.
     """
     model = MiniatureBackbone(of, alphabet)
-    if alphabet == "patch":
+    if alphabet in OWN:
         model.fingerprint = of.fingerprint
         return model
     done = folder / "model"
     if not done.is_dir():
-        if alphabet in ("field", "vector"):
-            train_codec(model.codec, budget, codec, say)
+        train_codec(model.codec, budget, codec, say)
         _align(model, of, budget)
         curve = _learn(model, budget, folder, say)
         with write_folder(done) as staging:
@@ -244,8 +256,6 @@ def _fit_codec(codec: VQCodec, budget: Budget, folder: Path, say: Say) -> None:
 @torch.no_grad()
 def _align(model: MiniatureBackbone, of: TinyBackbone, budget: Budget) -> None:
     """What the new codes or vectors mean, as far as linear algebra can tell from pictures in both alphabets."""
-    if model.alphabet == "permuted":
-        return
     rng = random.Random(SEED + 1)
     pixels = pixels_of([draw(_seen_scene(rng)) for _ in range(min(1500, budget.pictures))], of.config.codec.side)
     old = of.codec.encode(pixels).reshape(-1)

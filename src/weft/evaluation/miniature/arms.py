@@ -13,13 +13,15 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from weft.config import Config
 
-Alphabet = Literal["patch", "permuted", "field", "vector"]
+Alphabet = Literal["patch", "permuted", "familiar", "field", "vector"]
 """`patch`: a code for each patch alone, as the tiny generalist has them. `permuted`: the same, written in a fixed
-random order of the patches. `field`: codes of an encoder that sees half of the neighbouring patches too. `vector`: what
-that encoder says before it is rounded to a code, written by regression (as Emu2 writes)."""
+random order of the patches. `familiar`: the same in the order that the generalist knows. `field`: codes of an encoder
+that sees half of the neighbouring patches too. `vector`: what that encoder says before it is rounded to a code, written
+by regression (as Emu2 writes)."""
 
 _OTHERS: dict[Alphabet, str] = {
     "permuted": "patches in a shuffled order",
+    "familiar": "pictures that the generalist can draw already",
     "field": "codes with a receptive field",
     "vector": "pictures as vectors",
 }
@@ -134,7 +136,7 @@ class Budget(Config):
 
 BUDGETS: dict[str, Budget] = {
     "quick": Budget(arms=MAIN),
-    "full": Budget(arms=tuple(ARMS), seeds=3, steps=500, stories=100, training=4000, checked=100),
+    "full": Budget(arms=tuple(ARMS), seeds=3, steps=300, stories=80, training=2400, checked=100),
 }
 
 PRINTED: dict[str, tuple[float, float, float, float, float]] = {

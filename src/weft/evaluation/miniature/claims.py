@@ -97,6 +97,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("permuted_gain", "Where the order of patches is shuffled, MoSS still predicts pictures better.",
           "the control of the row above; false if the gain comes from neighbours",
           _gain("moss_permuted", "moe_equal_permuted"), "log_image_loss"),
+    Claim("familiar_gain", "Where the generalist can draw the pictures already, MoSS predicts them better.",
+          "locality is known then; not in the paper", _gain("moss_familiar", "moe_equal_familiar"), "log_image_loss"),
     *(
         Claim(f"{alphabet}_{measure}", f"With {what} MoSS {does} than MoE-LoRA with as many parameters.",
               f"{MOSS_PAPER}: {where}, without equal parameters",

@@ -99,13 +99,12 @@ def _codec(budget: Budget, folder: Path, say: Say) -> dict[str, Any]:
 
 
 def _prepare(alphabet: Alphabet, out: Path, budget: Budget, folder: Path, say: Say) -> dict[str, Any]:
-    """An alphabet's model, its training stories as elements, and what it is like."""
-    from weft.evaluation.miniature.alphabets import describe
+    """An alphabet's model, what it is like in the order that it knows, and its training stories as elements."""
+    from weft.evaluation.miniature.alphabets import OWN, describe
     from weft.generation import SamplingConfig, generate
     from weft.generation.sampling import DiffusionConfig
 
     model = _model(alphabet, out, budget, say)
-    _training(model, out, budget)
     rng, reader = random.Random("miniature"), _reader()
     scenes: list[Scene] = [held_out_scene(rng) for _ in range(budget.checked)]
     asked = [Document((user(scene.caption()),)) for scene in scenes]
@@ -116,12 +115,15 @@ def _prepare(alphabet: Alphabet, out: Path, budget: Budget, folder: Path, say: S
         for answer in answers
     ]
     right = sum(found == [scene] for found, scene in zip(drawn, scenes, strict=True))
+    facts = describe(model, scenes)
+    model.write_anew()
+    _training(model, out, budget)
     return {
         "kind": model.kind,
-        "base_steps": 0 if alphabet == "patch" else budget.base,
+        "base_steps": 0 if alphabet in OWN else budget.base,
         "captions_drawn_right": round(right / len(scenes), 4),
         "captions": len(scenes),
-        **describe(model, scenes),
+        **facts,
     }
 
 
@@ -137,6 +139,7 @@ def _run(arm: Arm, seed: int, out: Path, budget: Budget, folder: Path, say: Say)
     from weft.generation.sampling import DiffusionConfig
 
     model = _model(arm.alphabet, out, budget, say)
+    model.write_anew()
     ceiling = read_json(Job(f"alphabet/{arm.alphabet}").result(out))["reconstruction_db"]
     curve: list[dict[str, Any]] = []
     parameters = 0

@@ -22,7 +22,7 @@ from weft.evaluation.miniature.jobs import Job, do, jobs_of
 from weft.evaluation.task import read_json
 
 Say = Callable[[str], None]
-VERSION = 1
+VERSION = 2
 """Of what a run computes: folders of another one are not gone on with."""
 _TICK = 0.2
 
