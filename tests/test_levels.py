@@ -35,6 +35,9 @@ DISTRIBUTIONS = {
     "google_crc32c": "google-crc32c",
     "huggingface_hub": "huggingface-hub",
     "markdown_it": "markdown-it-py",
+    "prometheus_client": "prometheus-client",
+    "sse_starlette": "sse-starlette",
+    "starlette": "fastapi",
     "yaml": "pyyaml",
 }
 """What is imported under another name than it is installed by."""

@@ -184,4 +184,4 @@ def _turn_json(turn: Turn) -> dict[str, Any]:
 
 
 def _parts(parts: Sequence[str | Part]) -> tuple[Part, ...]:
-    return tuple(Text(part) if isinstance(part, str) else part for part in parts)
+    return tuple([Text(part) if isinstance(part, str) else part for part in parts])

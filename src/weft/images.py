@@ -8,7 +8,7 @@ What is refused has one of these reasons, in the order in which they are looked 
     image_unidentified   no bytes, or none of these formats
     image_bytes          more encoded bytes than `MAX_BYTES`
     image_truncated      the bytes end before the picture does
-    image_pixels         more pixels than the limit, by the header
+    image_pixels         more pixels than the limit, by the header; or more scans of them than anybody makes
     image_damaged        checksums, or the decoder, say that the bytes are not those that were written
 """
 
@@ -17,7 +17,6 @@ import errno
 import functools
 import io
 import os
-import re
 import stat
 import threading
 import zlib
@@ -33,9 +32,13 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 89_000_000
+MAX_WORK = 2_000_000_000
+"""Pixels of a JPEG times the scans that it is told in: each goes over all of them, and takes few bytes."""
 _PNG = b"\x89PNG\r\n\x1a\n"
-_UNUSUAL = re.compile(r"[\\:\0]|\.\.")
-"""In a path: what may lead out of a folder, on some system."""
+_READING = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A pipe without a writer would be waited for."""
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""0 where a system cannot open a file only if it is no link."""
 _OPENING = threading.Lock()
 
 
@@ -72,6 +75,8 @@ def decode_image(
                 fix="scale it down",
                 reason="image_pixels",
             )
+        if picture.format in ("JPEG", "MPO") and width * height * data.count(b"\xff\xda") > MAX_WORK:
+            raise ImageError("image is a JPEG in too many scans", fix="save it again", reason="image_pixels")
         if least is not None:
             picture.draft("RGB", (least, least))
         picture.load()
@@ -92,33 +97,40 @@ def decode_image(
         ) from error
 
 
-def read_image(root: Path, relative: str, *, where: str | None = None) -> bytes:
+def read_image(root: Path, relative: str, *, where: str | None = None, looked_at: set[str] | None = None) -> bytes:
     """Bytes of a picture named by a document, which must lie under `root`.
+
+    Args:
+        looked_at: folders under `root` that were found to be reached by no link, more are put in: pictures of one
+            document mostly lie in one folder. Not to be kept for longer.
 
     Raises:
         PathError: the path is absolute, climbs out, or leads out through a link.
         ImageError: there is no such file (image_missing), it may not be read (image_unreadable) or has too many bytes
             (image_bytes).
     """
-    file = _inside(root, relative, where)
-    at = where or str(root)
+    at = where or root
     try:
+        handle = _open_inside(root, relative, where, set() if looked_at is None else looked_at)
         try:
-            status = os.stat(file)
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            status = None
-        if status is None or not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"image {relative} does not exist", where=at, reason="image_missing")
-        if status.st_size > MAX_BYTES:
-            raise ImageError(f"image {relative} has more than {MAX_BYTES:,} bytes", where=at, reason="image_bytes")
-        with open(file, "rb", buffering=0) as handle:
-            data = handle.read(status.st_size)
-            return data if len(data) == status.st_size else data + handle.readall()
+            # of what was opened: between two looks at a name, something else may get it
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"image {relative} does not exist", where=str(at), reason="image_missing")
+            if status.st_size > MAX_BYTES:
+                raise ImageError(
+                    f"image {relative} has more than {MAX_BYTES:,} bytes", where=str(at), reason="image_bytes"
+                )
+            return _read(handle, status.st_size)
+        finally:
+            os.close(handle)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise ImageError(f"image {relative} does not exist", where=str(at), reason="image_missing") from error
     except OSError as error:
-        is_no_name = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        is_no_name = error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
         raise ImageError(
             f"image {relative} cannot be read: {error.strerror}",
-            where=at,
+            where=str(at),
             reason="image_missing" if is_no_name else "image_unreadable",
         ) from error
 
@@ -128,9 +140,28 @@ def inside(root: Path, relative: str, *, where: str | None = None) -> Path:
     return Path(_inside(root, relative, where))
 
 
+def _open_inside(root: Path, relative: str, where: str | None, looked_at: set[str]) -> int:
+    """A descriptor to read from: of a file, or of what is none, on which nothing waits."""
+    # strings, and no step is looked at twice: this is done for every picture
+    folder = relative.rpartition("/")[0]
+    if _NO_LINK and _is_plain(relative) and (folder in looked_at or _has_no_link(root, folder)):
+        looked_at.add(folder)
+        try:
+            return os.open(f"{root!s}/{relative}", _READING | _NO_LINK)
+        except (OSError, ValueError):
+            pass  # a link, which may stay inside, or nothing to be read: the slow way tells
+    return os.open(_inside(root, relative, where), _READING)
+
+
+def _read(handle: int, size: int) -> bytes:
+    data = os.read(handle, size)
+    while len(data) < size and (more := os.read(handle, size - len(data))):
+        data += more
+    return data
+
+
 def _inside(root: Path, relative: str, where: str | None) -> str:
-    # strings, and a path that holds nothing unusual is looked at once: this is done for every picture
-    is_plain = not relative.startswith("/") and _UNUSUAL.search(relative) is None
+    is_plain = _is_plain(relative)
     if not is_plain and _leaves(relative):
         raise PathError(
             f"path {relative!r} leaves the folder of its document",
@@ -138,12 +169,17 @@ def _inside(root: Path, relative: str, where: str | None) -> str:
             fix="use a path relative to that folder",
         )
     if is_plain and _has_no_link(root, relative):
-        return f"{os.fspath(root)}/{relative}"
+        return f"{root}/{relative}"
     file = os.fspath(Path(root) / relative)
     # not Path.resolve, which raises where links form a loop
     if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)):
         raise PathError(f"path {relative!r} leads out of its folder through a link", where=where)
     return file
+
+
+def _is_plain(relative: str) -> bool:
+    """Whether a path holds nothing that may lead out of a folder, on some system; most do not."""
+    return not (relative.startswith("/") or ".." in relative or "\\" in relative or ":" in relative or "\0" in relative)
 
 
 def _leaves(relative: str) -> bool:
@@ -153,10 +189,10 @@ def _leaves(relative: str) -> bool:
 
 
 def _has_no_link(root: Path, relative: str) -> bool:
-    """Whether every step from `root` to the file is there and no link: then it lies inside, and most do."""
-    at = os.fspath(root)
+    """Whether every step from `root` on is there and no link: then it lies inside, and most do."""
+    at = str(root)
     try:
-        for name in relative.split("/"):
+        for name in relative.split("/") if relative else ():
             at = f"{at}/{name}"
             if stat.S_ISLNK(os.lstat(at).st_mode):
                 return False

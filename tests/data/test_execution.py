@@ -321,6 +321,17 @@ def test_damaged_work_is_done_again(tmp_path, monkeypatch, done_again, harm):
     assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
 
 
+def test_a_repeated_id_is_dropped_with_what_its_document_holds_and_names_the_first(tmp_path):
+    write(tmp_path / "in", {"a.png": png(1), "b.png": png(2)})
+    records = [chat("same", "a.png"), chat("other"), chat("same", "a.png", "b.png")]
+    (tmp_path / "in/records.jsonl").write_bytes(b"".join(map(line, records)))
+    summary = build(config({"kind": "chat_jsonl", "path": str(tmp_path / "in/records.jsonl")}), tmp_path / "out")
+    (entry,) = ledger(tmp_path / "out")
+    assert (entry["id"], entry["line"], entry["texts"], entry["images"]) == ("same", 3, 2, 2)
+    assert entry["message"] == "records.jsonl, line 1 has the same id"
+    assert (summary.total.kept, summary.total.lost) == (Count(2, 4, 1), Count(1, 2, 2))
+
+
 def test_a_build_that_goes_on_inside_its_source_does_not_read_itself(tmp_path, monkeypatch):
     write_documents(tmp_path, 20)
     made = config({"kind": "auto", "path": str(tmp_path)})

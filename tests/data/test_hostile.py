@@ -1,5 +1,6 @@
 """Hostile pictures, paths and archives are refused by name and reason, within limits, and the rest goes on."""
 
+import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -92,10 +93,14 @@ def test_a_build_names_every_archive_that_it_refuses_and_goes_on(tmp_path):
 def test_a_picture_that_may_not_be_read_is_told_from_one_that_is_not_there(tmp_path, monkeypatch):
     write(tmp_path, {"a.png": png()})
 
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
+    opened = os.open
 
-    monkeypatch.setattr("weft.images.open", refuse, raising=False)
+    def refuse(file, *how):
+        if str(file).endswith("a.png"):
+            raise PermissionError(13, "Permission denied")
+        return opened(file, *how)
+
+    monkeypatch.setattr("weft.images.os.open", refuse)
     for name, reason in (("a.png", "image_unreadable"), ("b.png", "image_missing")):
         with pytest.raises(ImageError) as error:
             read_image(tmp_path, name)

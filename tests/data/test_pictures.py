@@ -1,6 +1,7 @@
 """Picture bytes have one meaning each: documented pixels, or a clear refusal before anything is decoded."""
 
 import io
+import os
 import resource
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image as PILImage
 
 from tests.data.corpus import DAMAGED, encoded, picture, png_header
 from weft.errors import ImageError, PathError
-from weft.images import decode_image, encode_png, read_image
+from weft.images import MAX_BYTES, decode_image, encode_png, read_image
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -148,6 +149,48 @@ def test_paths_to_nothing_are_refused(tmp_path, path):
     (tmp_path / "a").mkdir()
     with pytest.raises(ImageError):
         read_image(tmp_path, path)
+
+
+def test_a_pipe_is_no_picture_and_nobody_waits_for_its_writer(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError) as error:
+        read_image(tmp_path, "pipe.png")
+    assert error.value.reason == "image_missing"
+
+
+def test_what_has_too_many_bytes_is_not_read(tmp_path):
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(ImageError) as error:
+        read_image(tmp_path, "large.png")
+    assert error.value.reason == "image_bytes"
+    os.truncate(tmp_path / "large.png", MAX_BYTES)
+    assert len(read_image(tmp_path, "large.png")) == MAX_BYTES
+
+
+def test_a_picture_is_read_to_its_end_however_little_comes_at_once(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"some bytes")
+    read = os.read
+    monkeypatch.setattr("weft.images.os.read", lambda handle, size: read(handle, min(size, 3)))
+    assert read_image(tmp_path, "a.png") == b"some bytes"
+
+
+def test_folders_that_were_looked_at_open_no_way_out(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"outside")
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "x.png").write_bytes(b"inside")
+    (root / "a" / "near.png").symlink_to("x.png")
+    (root / "a" / "far.png").symlink_to("../../x.png")
+    (root / "a" / "b").symlink_to("../..")
+    looked_at: set[str] = set()
+    assert read_image(root, "a/x.png", looked_at=looked_at) == b"inside"
+    assert looked_at == {"a"}
+    assert read_image(root, "a/near.png", looked_at=looked_at) == b"inside"
+    for path in ("a/far.png", "a/b/x.png"):
+        with pytest.raises(PathError):
+            read_image(root, path, looked_at=looked_at)
+    assert looked_at == {"a"}
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of what it skips

@@ -24,6 +24,7 @@ VERBS = {
     "train": ("weft.cli.train:train", "Teach a model to answer with text and pictures, as a recipe says."),
     "generate": ("weft.cli.generate:generate", "Answer a prompt of text and pictures with text and pictures."),
     "eval": ("weft.cli.evaluate:app", "Answer a benchmark, score the answers, compare models, and report."),
+    "serve": ("weft.cli.serve:app", "Serve a model to OpenAI clients and to a browser."),
     "adapter": ("weft.cli.adapter:app", "Inspect, verify, merge and export what training wrote."),
     "models": ("weft.cli.models:app", "List released models and what they take, look into one, convert a pickled one."),
     "doctor": ("weft.cli.doctor:doctor", "What is installed, what fits on this machine, and what to do about it."),

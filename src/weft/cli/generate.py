@@ -84,6 +84,7 @@ def generate(
     adapter: Path | None = None,
     out: Path | None = None,
     html: Path | None = None,
+    slots: int | None = None,
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
     sampling: Sampling = Sampling(),
     loading: Loading = Loading(),
@@ -107,6 +108,9 @@ def generate(
         The folder to make; by default a new one in runs/generate.
     html: Path | None
         Write this one page instead of a folder.
+    slots: int | None
+        Rows of every step, by default as many as the answer needs. With the number that a server has, the same seed
+        gives the server's very answer; another number may change its last bits.
     json_output: bool
         Print one JSON object for programs instead.
     """
@@ -121,10 +125,12 @@ def generate(
     document = _read_prompt(prompt, image)
     backbone = load_model(model, adapter, loading.config())
     if beams is None:
-        engine = Engine(backbone, slots=slots_for(backbone, config))
+        engine = Engine(backbone, slots=slots_for(backbone, config) if slots is None else slots)
         engine.submit(document, config)
         events = engine.run()
     else:
+        if slots is not None:
+            raise UsageError("--slots and --beams do not go together", where="weft generate", fix="give one of them")
         events = iter(best_text(backbone, document, beams))
     answer = collect(events if json_output else _shown(events))
     if html is not None:

@@ -16,7 +16,7 @@ from weft.atomic import sha256_of
 from weft.data.ledger import Tally, check_rows, entry_of, line_of
 from weft.data.parts import QUARANTINE, Part, Rows, WorkFolder
 from weft.data.shards import LEDGER, ShardWriter, fingerprint_of
-from weft.data.stage import Count, Drop, Loss, Processed, Record, drop_record, run_stages
+from weft.data.stage import Count, Drop, Loss, Processed, Record, run_stages
 from weft.data.units import Chunk, Work
 from weft.errors import CheckpointError, UsageError, WeftError
 
@@ -172,15 +172,16 @@ class _Merge:
         twice = []
         for i, number in enumerate(numbers):
             if number in self._firsts:
-                self._firsts[number] = rows[i].record
+                self._firsts[number] = rows[i]
             elif number in self._first_of:
                 twice.append(i)
                 first = self._firsts[self._first_of[number]]
                 assert first is not None  # it came before
-                item = drop_record(rows[i], UNIQUE, same_id(first))
+                record = rows[i]
+                drop = Drop(same_id(first), UNIQUE, record.file, record.line, rows.id(i), record.read)
                 for tally in self._tallies(chunk):
-                    tally.take_back(item)
-                ledger.write(line_of(entry_of(item.drops[-1], chunk.source, chunk.format)))
+                    tally.take_back(Processed(record, None, (drop,)))
+                ledger.write(line_of(entry_of(drop, chunk.source, chunk.format)))
         return rows.without(twice) if twice else rows
 
     def _tallies(self, chunk: Chunk) -> tuple[Tally, Tally]:

@@ -25,8 +25,9 @@ class Tally:
 
     def add(self, item: Processed) -> None:
         self.read += item.record.read
-        self.kept += item.kept
-        self.added += item.record.added if item.document is not None else 0
+        if item.document is not None:
+            self.kept += item.kept
+            self.added += item.record.added
         for drop in item.drops:
             self.dropped[drop.stage] = self.dropped.get(drop.stage, Count()) + drop.count
             self.reasons[drop.stage, drop.loss.what, drop.loss.reason] += 1

@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 
 from weft.atomic import MANIFEST, clean_leftovers, remove, sha256_of, write_json
 from weft.data.ledger import Tally, check_rows, entry_of, line_of
-from weft.data.shards import LEDGER, ROW_BYTES, ROWS, SCHEMA, from_row, size_of, times_of, to_columns
-from weft.data.stage import Processed, Record, count
+from weft.data.shards import LEDGER, ROW_BYTES, ROWS, SCHEMA, size_of, times_of, to_columns
+from weft.data.stage import Count, Processed, Record
 from weft.data.units import Chunk, Share
 from weft.document import Document
 from weft.errors import UsageError
@@ -34,8 +34,11 @@ QUARANTINE = "quarantine"
 """The stage under which the ledger files what was set aside because the work on it failed."""
 
 _ROWS_FILE = "rows.arrow"
-_SIZE, _FILE, _LINE, _ADDED = "_size", "_file", "_line", "_added"
-_PLACE = pa.schema([(_SIZE, pa.int64()), (_FILE, pa.string()), (_LINE, pa.int64()), (_ADDED, pa.int32())])
+_SIZE = "_size"
+_COUNTS = [(name, pa.int64()) for name in ("_texts", "_images", "_added")]
+_ORIGIN = pa.schema([("_file", pa.string()), ("_line", pa.int64()), *_COUNTS])
+"""Where a document comes from and what it holds, so that nobody has to make it again to know."""
+_PLACE = pa.schema([(_SIZE, pa.int64()), *_ORIGIN])
 _PART_SCHEMA = pa.schema([*SCHEMA, *_PLACE])
 _LOCK = "lock"
 _GRACE = 30.0
@@ -188,7 +191,7 @@ class PartWriter:
         self._ledger = open(folder / LEDGER, "wb")  # noqa: SIM115 - closed in __exit__
         self._sink = pa.OSFile(str(folder / _ROWS_FILE), "wb")
         self._writer = pa.ipc.new_file(self._sink, _PART_SCHEMA)
-        self._rows: list[tuple[Document, int, str, int | None, int]] = []
+        self._rows: list[tuple[Document, int, str, int | None, int, int, int]] = []
         """Documents, and what `_PLACE` says of each."""
         self._bytes = self._written = 0
         self.tally = Tally()
@@ -205,8 +208,8 @@ class PartWriter:
                 self._quarantined.append(entry)
         if item.document is None:
             return
-        size = size_of(item.document)
-        self._rows.append((item.document, size, item.record.file, item.record.line, item.record.added))
+        size, kept, record = size_of(item.document), item.kept, item.record
+        self._rows.append((item.document, size, record.file, record.line, kept.texts, kept.images, record.added))
         self._bytes += size
         if len(self._rows) == ROWS or self._bytes >= ROW_BYTES:
             self._flush()
@@ -303,9 +306,11 @@ class Rows:
         kept = sorted(set(range(len(self))).difference(rows))
         return Rows(self._batch.take(pa.array(kept, pa.int64())))
 
-    def __getitem__(self, row: int) -> Processed:
-        """One of them as the record it was read as."""
-        values = self._batch.slice(row, 1).to_pylist()[0]
-        document = from_row(values)
-        record = Record(values[_FILE], values[_LINE], document, count(document, values[_ADDED]), added=values[_ADDED])
-        return Processed(record, document, ())
+    def id(self, row: int) -> str | None:
+        identity: str | None = self._batch.column("id")[row].as_py()
+        return identity
+
+    def __getitem__(self, row: int) -> Record:
+        """Of one of them, what it was read as, without the document."""
+        file, line, texts, images, added = (self._batch.column(name)[row].as_py() for name in _ORIGIN.names)
+        return Record(file, line, None, Count(1, texts, images), added=added)

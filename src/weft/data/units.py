@@ -21,7 +21,7 @@ from weft.data.sources.picturebook_source import Picturebook
 from weft.data.stage import Record
 from weft.errors import UsageError
 
-FORMAT = 1
+FORMAT = 2
 """Of what a unit leaves behind; another number, and nothing that was done before is used."""
 
 _OF_SERVERS = (

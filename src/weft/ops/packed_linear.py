@@ -9,6 +9,7 @@ input share a copy and a product.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,27 @@ class PackedLinear(nn.Linear):
         return super().forward(input)
 
 
+class _Copy:
+    """Weights that read one input, laid out for so many rows."""
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rows: int) -> None:
+        # kept, so that no other tensor can get their ids while the copy is found by them
+        self._made_from = [*weights, *biases]
+        whole = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
+        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(whole, rows)
+        # only the shape of the weight itself is read from here on
+        self.like = whole.new_zeros(()).expand_as(whole)
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            self.bias = torch.cat(
+                [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
+            )
+
+
+_COPIES: WeakValueDictionary[tuple[Any, ...], _Copy] = WeakValueDictionary()
+"""Those in use, by what they are made from: models that share weights share their copies."""
+
+
 class _Pack:
     """A copy of the weights of layers that read one input, made anew where one has changed."""
 
@@ -47,24 +69,19 @@ class _Pack:
         weights = [layer.weight for layer in self.layers]
         biases = [layer.bias for layer in self.layers]
         given = [*weights, *(bias for bias in biases if bias is not None)]
-        made_from = [(tensor.data_ptr(), tensor._version) for tensor in given]
+        made_from = (self.rows, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in given))
         if made_from == self._made_from:
             return
-        whole = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
-        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(whole, self.rows)
-        # only the shape of the weight itself is read from here on
-        self._like = whole.new_zeros(()).expand_as(whole)
-        self._bias = None
-        if len(given) > len(weights):
-            self._bias = torch.cat(
-                [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
-            )
-        self._made_from = made_from
+        copy = _COPIES.get(made_from)
+        if copy is None:
+            copy = _COPIES[made_from] = _Copy(weights, biases, self.rows)
+        self._copy, self._made_from = copy, made_from
 
     def product(self, input: Tensor, number: int) -> Tensor:
         """(rows, ..., I) -> (rows, ..., O) of one layer; the others' are kept until the last of them is asked for."""
         if self._last is None or self._last[0] is not input:
-            found = torch.ops.mkl._mkl_linear(input, self._packed, self._like, self._bias, self.rows)
+            copy = self._copy
+            found = torch.ops.mkl._mkl_linear(input, copy.packed, copy.like, copy.bias, self.rows)
             if len(self.layers) == 1:
                 return found
             self._last = input, found.split([layer.out_features for layer in self.layers], -1)

@@ -216,10 +216,16 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def load_picture(root: Path, relative: str, field: str | None = None) -> bytes | Loss:
-    """Bytes of a picture under `root`, or why there are none."""
+def load_picture(
+    root: Path, relative: str, field: str | None = None, looked_at: set[str] | None = None
+) -> bytes | Loss:
+    """Bytes of a picture under `root`, or why there are none.
+
+    Args:
+        looked_at: of one record's pictures, see `read_image`.
+    """
     try:
-        return read_image(root, relative)
+        return read_image(root, relative, looked_at=looked_at)
     except PathError as error:
         return Loss("image", "image_path", error.what, field, relative)
     except ImageError as error:

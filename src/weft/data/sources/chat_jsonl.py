@@ -73,12 +73,12 @@ def _with_pictures(document: Document, folder: Path, file: str, line: int, on_ba
     if not read.images:
         left, lost = settle(document, [], on_bad_image)
         return Record(file, line, left, read, lost)
-    turns, losses = [], []
+    turns, losses, looked_at = [], [], set[str]()
     for i, turn in enumerate(document.turns):
         parts: list[Part] = []
         for j, part in enumerate(turn.parts):
             if isinstance(part, Image):
-                data = load_picture(folder, str(part.path), f"messages[{i}].content[{j}].image")
+                data = load_picture(folder, str(part.path), f"messages[{i}].content[{j}].image", looked_at)
                 if isinstance(data, Loss):
                     losses.append(data)
                     continue

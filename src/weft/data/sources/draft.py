@@ -31,9 +31,10 @@ class Draft:
         self.folder = config.images or place.folder
         self._place, self._on_bad_image = place, config.on_bad_image
         self._texts = self._images = 0
-        self._losses = list[Loss]()
+        self._losses: list[Loss] = []
         self._flags: set[str] = set()
         self._of_pictures: dict[str, dict[str, Any]] = {}
+        self._looked_at: set[str] = set()
 
     def text(self, value: Any, field: str) -> list[Part]:
         """Raises `RecordError` if `value` is no text."""
@@ -72,7 +73,7 @@ class Draft:
             assert path is not None
             if probe:
                 path = probed(self.folder, path) or path
-            found = load_picture(self.folder, path, field)
+            found = load_picture(self.folder, path, field, self._looked_at)
             if isinstance(found, Loss):
                 self._losses.append(found)
                 return []
@@ -110,7 +111,7 @@ class Draft:
         if self._of_pictures:
             extra["images"] = self._of_pictures
         # an empty turn says nothing, but an empty last one is a missing answer
-        filled = (turn for turn in turns[:-1] if turn.parts)
+        filled = [turn for turn in turns[:-1] if turn.parts]
         document = Document((*asked, *filled, *turns[-1:]), identity, {**meta, **extra})
         left, lost = settle(document, self._losses, self._on_bad_image)
         return Record(
@@ -155,6 +156,8 @@ def clean(text: str) -> str:
         except UnicodeEncodeError as error:
             raise RecordError("lone_surrogate", f"half of a surrogate pair at character {error.start}") from error
         text = unicodedata.normalize("NFC", text)
+    if text.isprintable():  # then it holds none of these, and this is told soonest
+        return text
     return _CONTROL.sub("", text.replace("\r\n", "\n"))
 
 

@@ -57,6 +57,7 @@ def _document(value: Any, folder: Path, file: str, config: Elements) -> Record:
         raise RecordError("bad_record", "field elements must be a non-empty list", field="elements")
     parts: list[Part] = []
     losses: list[Loss] = []
+    looked_at: set[str] = set()
     read = Count(1)
     for i, element in enumerate(elements):
         at = f"elements[{i}]"
@@ -71,7 +72,7 @@ def _document(value: Any, folder: Path, file: str, config: Elements) -> Record:
             case "image":
                 read += Count(images=1)
                 path = _string(element, "path", f"{at}.path")
-                data = load_picture(folder, path, f"{at}.path")
+                data = load_picture(folder, path, f"{at}.path", looked_at)
                 if isinstance(data, Loss):
                     losses.append(data)
                 else:

@@ -15,6 +15,8 @@ _NAMES[float] = "a number"
 
 def of_type(value: Any, wanted: type[T], field: str) -> T:
     """The value itself; True is no number."""
+    if type(value) is wanted:
+        return value
     number = wanted in (int, float) and isinstance(value, (int, wanted)) and not isinstance(value, bool)
     if not (number or (wanted not in (int, float) and isinstance(value, wanted))):
         found = "null" if value is None else type(value).__name__

@@ -1,0 +1,430 @@
+"""How fast a server answers, what it does when it is asked too much, and whether it loses or mixes up anything.
+
+    with serving([sys.executable, "-m", "weft.cli", "serve", "tiny", "--port", "0"]) as (url, process):
+        figures = asyncio.run(measure(url, process, "tiny", QUICK, say=print))
+
+The server runs in a process of its own and is asked over HTTP, as callers do:
+
+    alone      one request after the other
+    together   so many callers at once, each asking again when it has its answer
+    overload   several times as many requests as were answered together, whatever becomes of them
+    load       many callers; each question twice, whole and streamed, and both answers must be the same
+
+Every question has a seed of its own and so an answer of its own: whoever gets another's differs from his twin.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import threading
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+
+import httpx2
+import psutil
+
+from weft.data.sources.picturebook import random_scene
+from weft.errors import WeftError
+
+Say = Callable[[str], None]
+TOGETHER = 32
+OVERLOAD = 5
+PATIENCE = 300.0
+"""Seconds for one answer; a request that takes longer is lost."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    alone: int
+    """Requests."""
+    ramp: float
+    """Seconds before anything counts, each time."""
+    window: float
+    """Seconds that count."""
+    asked: int
+    """Requests of the load."""
+    callers: int = 200
+    pictures: int = 4
+    """Of a prompt and of an answer, at most."""
+
+
+FULL = Size(alone=40, ramp=15, window=60, asked=2000)
+QUICK = Size(alone=12, ramp=5, window=15, asked=300, pictures=1)
+
+
+@dataclass(frozen=True)
+class Figures:
+    throughput_32_over_1: float
+    """Tokens per second, of text and pictures."""
+    overload_keep: float
+    """Of the throughput together, under overload."""
+    reject_p99_ms: float
+    """Until a request that finds no room is told so."""
+    mixed_up: int
+    """Questions whose two answers differ."""
+    lost: int
+    """Requests without an outcome: neither a whole answer nor a refusal."""
+    rss_growth: float
+    """The server's memory in the second half of the load over that in the first, at their peaks."""
+
+
+@dataclass(frozen=True)
+class Question:
+    seed: int
+    is_streamed: bool = False
+    given: int = 0
+    """Pictures of the prompt."""
+    wanted: int = 1
+    """Pictures of the answer."""
+
+    def body(self, model: str) -> dict[str, Any]:
+        text = {"type": "text", "text": random_scene(random.Random(self.seed)).caption()}
+        pictures = [{"type": "image_url", "image_url": {"url": _picture(self.seed + i)}} for i in range(self.given)]
+        return {
+            "model": model,
+            "messages": [{"role": "user", "content": [*pictures, text]}],
+            "seed": self.seed,
+            "temperature": 1,
+            "min_images": self.wanted,
+            "max_images": self.wanted,
+            "max_tokens": 70 * self.wanted + 60,
+            "response_image_format": "parts",
+            "image_delivery": "inline",
+            "stream": self.is_streamed,
+            **({"stream_options": {"include_usage": True}} if self.is_streamed else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    seconds: float
+    digest: str = ""
+    """Of all parts in order."""
+    tokens: int = 0
+    retry_after: int = 0
+
+
+class Lost(Exception):
+    """A request without an outcome."""
+
+
+class Client:
+    """Asks one server."""
+
+    def __init__(self, http: httpx2.AsyncClient, model: str) -> None:
+        self._http, self._model = http, model
+
+    async def ask(self, question: Question) -> Reply:
+        """
+        Raises:
+            Lost: no answer came, or not all of one.
+        """
+        begun = time.perf_counter()
+        try:
+            request = self._http.stream("POST", "/v1/chat/completions", json=question.body(self._model))
+            async with request as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    after = int(response.headers.get("retry-after", 0))
+                    return Reply(response.status_code, time.perf_counter() - begun, retry_after=after)
+                read = _streamed if question.is_streamed else _whole
+                parts, usage = await read(response)
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise Lost(f"{type(error).__name__}: {error}") from error
+        return Reply(200, time.perf_counter() - begun, _digest(parts), usage["completion_tokens"])
+
+    async def health(self) -> float:
+        """Seconds that it takes; asked from a thread, which does not wait for the other requests of this process."""
+        return await asyncio.to_thread(health, str(self._http.base_url))
+
+
+@asynccontextmanager
+async def client(url: str, model: str) -> AsyncIterator[Client]:
+    unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx2.AsyncClient(base_url=url, limits=unlimited, timeout=PATIENCE, trust_env=False) as http:
+        yield Client(http, model)
+
+
+async def measure(
+    url: str, process: psutil.Process, model: str, size: Size, *, say: Say = lambda line: None
+) -> Figures:
+    """All figures of a running server.
+
+    Raises:
+        WeftError: nothing was answered, nothing was refused, or different questions got the same answer: the figures
+            would say nothing.
+    """
+    async with client(url, model) as asking:
+        for seed in range(2):
+            await asking.ask(Question(seed))  # the first of all fills caches
+        one = await alone(asking, size.alone)
+        say(f"alone: {one:.0f} tokens/s")
+        many = await together(asking, size)
+        if not many.answers:
+            raise WeftError(f"no answer ended within {size.window:g} s", fix="measure for longer")
+        say(f"{TOGETHER} together: {many.tokens:.0f} tokens/s, {many.answers:.2f} answers/s")
+        over = await overload(asking, size, OVERLOAD * many.answers)
+        rejects = percentile(over.rejects, 99)
+        say(f"{OVERLOAD} times too many: {over.tokens:.0f} tokens/s, {len(over.rejects)} refused in {rejects:.1f} ms")
+        loaded = await load(asking, process, size)
+        slowest = percentile(loaded.health, 99)
+        say(f"{size.callers} callers, {size.asked} requests: /health within {slowest:.0f} ms, all p99")
+    return Figures(
+        round(many.tokens / one, 2),
+        round(over.tokens / many.tokens, 3),
+        round(rejects, 1),
+        loaded.mixed_up,
+        loaded.lost + over.lost + many.lost,
+        round(max(loaded.memory[1]) / max(loaded.memory[0]), 3),
+    )
+
+
+async def alone(asking: Client, requests: int) -> float:
+    """Tokens per second."""
+    begun = time.perf_counter()
+    tokens = [(await asking.ask(Question(seed))).tokens for seed in range(requests)]
+    return sum(tokens) / (time.perf_counter() - begun)
+
+
+@dataclass
+class Rate:
+    """What became of requests within a window of time."""
+
+    since: float
+    seconds: float
+    tokens: float = 0
+    """Per second, of the answers that ended in it."""
+    answers: float = 0
+    """Per second."""
+    lost: int = 0
+    rejects: list[float] = field(default_factory=list)
+    """Milliseconds until each refusal."""
+
+    def add(self, reply: Reply) -> None:
+        if not self.since <= time.perf_counter() < self.since + self.seconds:
+            return
+        if reply.status == 200:
+            self.tokens += reply.tokens / self.seconds
+            self.answers += 1 / self.seconds
+        elif reply.status == 429 and reply.retry_after >= 1:
+            self.rejects.append(1000 * reply.seconds)
+        else:
+            self.lost += 1
+
+
+async def together(asking: Client, size: Size) -> Rate:
+    rate, seeds = Rate(time.perf_counter() + size.ramp, size.window), iter(range(10**9))
+
+    async def caller() -> None:
+        for seed in seeds:
+            await _count(asking, Question(seed), rate)
+
+    await _for(size.ramp + size.window, [asyncio.create_task(caller()) for _ in range(TOGETHER)])
+    return rate
+
+
+async def overload(asking: Client, size: Size, per_second: float) -> Rate:
+    """
+    Raises:
+        WeftError: nothing was refused.
+    """
+    rate, asked = Rate(time.perf_counter() + size.ramp, size.window), list[asyncio.Task[None]]()
+    begun = time.perf_counter()
+    while (passed := time.perf_counter() - begun) < size.ramp + size.window:
+        while len(asked) < passed * per_second:
+            asked.append(asyncio.create_task(_count(asking, Question(len(asked)), rate)))
+        await asyncio.sleep(0.5 / per_second)
+    await _for(0, asked)
+    if not rate.rejects:
+        raise WeftError("the server refused nothing", fix="measure for longer, until its queue is full")
+    return rate
+
+
+@dataclass
+class Loaded:
+    """What became of the load."""
+
+    digests: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    lost: int = 0
+    health: list[float] = field(default_factory=list)
+    """Milliseconds of each answer of /health."""
+    memory: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+    """Bytes, in the first and in the second half."""
+
+    @property
+    def mixed_up(self) -> int:
+        return sum(len(set(twins)) > 1 for twins in self.digests.values())
+
+
+async def load(asking: Client, process: psutil.Process, size: Size) -> Loaded:
+    """
+    Raises:
+        WeftError: different questions got the same answer.
+    """
+    questions = twins(size)
+    found, left = Loaded(), iter(questions)
+    done = 0
+
+    async def caller() -> None:
+        nonlocal done
+        for question in left:
+            try:
+                while (reply := await asking.ask(question)).status == 429:
+                    await asyncio.sleep(reply.retry_after)
+                if reply.status != 200:
+                    raise Lost(f"status {reply.status}")
+                found.digests[question.seed].append(reply.digest)
+            except Lost:
+                found.lost += 1
+            done += 1
+
+    async def watch() -> None:
+        while True:
+            with suppress(OSError, HTTPException):
+                found.health.append(1000 * await asking.health())
+            found.memory[done * 2 >= len(questions)].append(process.memory_info().rss)
+            await asyncio.sleep(0.05)
+
+    watching = asyncio.create_task(watch())
+    await asyncio.gather(*(caller() for _ in range(size.callers)))
+    await _for(0.1, [watching])
+    different = len({digest for pair in found.digests.values() for digest in pair})
+    if different < 0.9 * len(found.digests):
+        raise WeftError(f"{len(found.digests)} questions had {different} answers: a mix-up would not show")
+    return found
+
+
+def twins(size: Size) -> list[Question]:
+    """Every question whole and streamed, in an order without meaning."""
+    chance, questions = random.Random(0), []
+    for seed in range(size.asked // 2):
+        # with a picture in it no answer is like another
+        given, wanted = chance.randint(0, size.pictures), chance.randint(1, max(1, size.pictures))
+        questions += [Question(seed, is_streamed, given, wanted) for is_streamed in (False, True)]
+    chance.shuffle(questions)
+    return questions
+
+
+@contextmanager
+def serving(command: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
+    """A server in a process of its own, until the block ends: its address, which it writes to standard error.
+
+    Raises:
+        WeftError: it ended before it told its address.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "WEFT_API_KEY"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=inherited)
+    assert process.stderr is not None
+    said: list[str] = []
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if address := re.search(r"http://\S+", line):
+                break
+        else:
+            raise WeftError("the server did not start", where=" ".join(command), fix="".join(said[-5:]).strip())
+        # nobody else reads what it says
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield address[0], psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def health(url: str) -> float:
+    """Seconds until a server has said that it is well.
+
+    Raises:
+        OSError: it does not.
+    """
+    begun = time.perf_counter()
+    with closing(HTTPConnection(url.partition("://")[2].rstrip("/"), timeout=PATIENCE)) as connection:
+        connection.request("GET", "/health")
+        if connection.getresponse().status != 200:
+            raise OSError(f"{url} is not well")
+    return time.perf_counter() - begun
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that so many percent do not exceed."""
+    ranked = sorted(values)
+    return ranked[max(0, -(-len(ranked) * percent // 100).__int__() - 1)]
+
+
+async def _count(asking: Client, question: Question, rate: Rate) -> None:
+    try:
+        rate.add(await asking.ask(question))
+    except Lost:
+        rate.lost += 1
+
+
+async def _for(seconds: float, tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Let them run so long, then end them."""
+    await asyncio.sleep(seconds)
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _whole(response: httpx2.Response) -> tuple[list[Any], dict[str, int]]:
+    answer = json.loads(await response.aread())
+    return answer["choices"][0]["message"]["content"], answer["usage"]
+
+
+async def _streamed(response: httpx2.Response) -> tuple[list[Any], dict[str, int]]:
+    parts, usage, is_ended = list[Any](), dict[str, int](), False
+    async for line in response.aiter_lines():
+        if not line.startswith("data:"):
+            continue
+        data = line[5:].strip()
+        if data == "[DONE]":
+            is_ended = True
+            continue
+        chunk = json.loads(data)
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            parts += choice["delta"].get("content") or ()
+    if not is_ended:
+        raise ValueError("the stream broke off")
+    return parts, usage
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    """Of texts and pictures in order; it does not matter into how many pieces a text is cut."""
+    found, last = hashlib.sha256(), ""
+    for part in parts:
+        if part["type"] != last:
+            found.update(f"\0{part['type']}\0".encode())
+        last = part["type"]
+        found.update((part["text"] if last == "text" else f"{part['image_url']['url']}\0").encode())
+    return found.hexdigest()
+
+
+def _picture(seed: int) -> str:
+    """A small picture of its own as a data URL."""
+    from PIL import Image
+
+    from weft.images import encode_png
+
+    pixels = random.Random(seed).randbytes(3 * 8 * 8)
+    made = Image.frombytes("RGB", (8, 8), pixels).resize((64, 64), Image.Resampling.NEAREST)
+    return f"data:image/png;base64,{base64.b64encode(encode_png(made)).decode()}"

@@ -1,0 +1,131 @@
+"""The benchmark measures what it says, and notices what it is there to notice."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import psutil
+import pytest
+
+from tests.serve.running import running
+from weft.backbones import load_backbone
+from weft.errors import WeftError
+from weft.serve.bench import Client, Lost, Question, Size, client, load, measure, percentile, serving, twins
+from weft.serve.limits import Limits
+
+# until they are known not to mind a busy machine: what they measure is time
+pytestmark = pytest.mark.slow
+
+SMALL = Size(alone=2, ramp=0.2, window=1.0, asked=8, callers=4, pictures=1)
+BRIEF = Limits(queue=28, answer_text_tokens=4)
+"""The untrained model rarely ends by itself."""
+KEYS = ["throughput_32_over_1", "overload_keep", "reject_p99_ms", "mixed_up", "lost", "rss_growth"]
+
+
+def test_all_figures_of_a_server():
+    said = []
+    with running({"nano": load_backbone("nano")}, slots=8, limits=BRIEF) as server:
+        found = asyncio.run(measure(server.url, psutil.Process(), "nano", SMALL, say=said.append))
+    figures = asdict(found)
+    assert list(figures) == KEYS
+    assert (found.mixed_up, found.lost) == (0, 0)
+    assert all(value > 0 for name, value in figures.items() if name not in ("mixed_up", "lost"))
+    assert len(said) == 4
+
+
+def answered_by(change):
+    """A client that changes what it hears."""
+
+    class Changed(Client):
+        def __init__(self, asking):
+            self._asking = asking
+            self.number = 0
+
+        async def ask(self, question):
+            self.number += 1
+            return change(self.number, await self._asking.ask(question))
+
+        async def health(self):
+            return await self._asking.health()
+
+    return Changed
+
+
+def fail(number, reply):
+    if number in (3, 5):
+        raise Lost("cut off")
+    return reply
+
+
+CHANGES = {
+    "as they are": (lambda number, reply: reply, 0, 0),
+    "another's answer": (lambda number, reply: replace(reply, digest="other") if number == 3 else reply, 1, 0),
+    "no answer": (fail, 0, 2),
+    "an error": (lambda number, reply: replace(reply, status=500) if number == 4 else reply, 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_mixed_up_or_lost_is_counted(name):
+    change, mixed_up, lost = CHANGES[name]
+
+    async def run(server):
+        async with client(server.url, "nano") as asking:
+            return await load(answered_by(change)(asking), psutil.Process(), SMALL)
+
+    with running({"nano": load_backbone("nano")}, slots=8, limits=BRIEF) as server:
+        found = asyncio.run(run(server))
+    assert (found.mixed_up, found.lost) == (mixed_up, lost)
+    assert sum(map(len, found.digests.values())) == SMALL.asked - lost
+
+
+def test_answers_that_are_all_the_same_show_nothing():
+    async def run(server):
+        async with client(server.url, "nano") as asking:
+            blind = answered_by(lambda number, reply: replace(reply, digest="same"))
+            return await load(blind(asking), psutil.Process(), SMALL)
+
+    with (
+        running({"nano": load_backbone("nano")}, slots=8, limits=BRIEF) as server,
+        pytest.raises(WeftError, match="would not show"),
+    ):
+        asyncio.run(run(server))
+
+
+def test_every_question_has_a_twin_that_is_asked_otherwise():
+    questions = twins(Size(alone=1, ramp=0, window=1, asked=200))
+    assert len(questions) == 200 == len(set(questions))
+    assert len({replace(each, is_streamed=False) for each in questions}) == 100
+    assert ({each.given for each in questions}, {each.wanted for each in questions}) == ({0, 1, 2, 3, 4}, {1, 2, 3, 4})
+    assert Question(1).body("a") != Question(2).body("a")
+
+
+def test_percentiles():
+    values = list(range(1, 201))
+    assert [percentile(values, percent) for percent in (50, 99, 100)] == [100, 198, 200]
+    assert percentile([5.0], 99) == 5.0
+
+
+def test_a_server_that_does_not_start_says_why():
+    with (
+        pytest.raises(WeftError, match="did not start") as caught,
+        serving([sys.executable, "-c", "exit('no, since')"]),
+    ):
+        pass
+    assert "no, since" in caught.value.fix
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_command_ends_with_one_line_of_json():
+    done = subprocess.run(
+        [sys.executable, "-m", "weft.cli", "serve", "bench", "--quick"], capture_output=True, text=True, timeout=360
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert list(figures) == KEYS
+    assert (figures["mixed_up"], figures["lost"]) == (0, 0)
+    assert re.search(r"alone: \d+ tokens/s", done.stderr)
