@@ -441,11 +441,11 @@ def juicer(size: Size, python: Path, folder: Path) -> dict[str, Any]:
     rounds: dict[str, list[dict[str, float]]] = {"ours": [], "data_juicer": []}
     for turn in range(size.turns):
         wall, cpu = time.perf_counter(), time.process_time()
-        build(config, folder / "ours")
+        build(config, folder / f"ours-{turn}")
         rounds["ours"].append({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu})
         rounds["data_juicer"].append(run_juicer(python, folder, folder / f"home-{turn}"))
         kept = pq.read_table(folder / "juicer" / "kept.parquet", columns=["name"]).column(0).to_pylist()
-        found = open_dataset(folder / "ours")
+        found = open_dataset(folder / f"ours-{turn}")
         names = [found[i].meta["name"] for i in range(len(found))]
         if not kept == names == wanted:
             raise SystemExit(f"Data-Juicer kept {len(kept)}, we {len(names)}, planted {len(wanted)}: not the same")
