@@ -139,7 +139,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         for rank in range(PROCESSES)
     ]  # fmt: skip
     try:
-        logs = [process.communicate(timeout=120)[0] for process in processes]
+        logs = [process.communicate(timeout=270)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
