@@ -65,10 +65,15 @@ def test_an_answer_that_just_fits_its_budget_has_stopped_by_itself():
 
 @pytest.mark.parametrize("room", range(1, 30))
 def test_a_picture_that_cannot_be_finished_is_not_begun(room):
-    written, _ = write(SamplingConfig(), room, always(May.BEGIN_IMAGE, May.TEXT))
-    pictures = (room - 1) // (PATCHES + 2)
-    assert written.count(4) == pictures
-    assert len(written) == room - 1  # text fills what no picture fits into, and the end has its place
+    written, state = write(SamplingConfig(), room, always(May.BEGIN_IMAGE))
+    # the end has its place
+    assert written == [4, *[PATCH] * PATCHES, 5] * ((room - 1) // (PATCHES + 2))
+    assert state.reason == "length"
+
+
+def test_a_picture_that_is_more_than_may_be_is_no_choice():
+    state = write(SamplingConfig(max_images=2), 100, always(May.BEGIN_IMAGE, May.END))[1]
+    assert (state.images, state.reason) == (2, "stop")
 
 
 def test_text_makes_room_for_the_pictures_that_are_owed():

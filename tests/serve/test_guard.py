@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import socket
+import threading
 import time
 
 import pytest
@@ -160,6 +161,32 @@ def test_who_asks_too_often_is_told_when_to_come_back():
 
         with pytest.raises(openai.RateLimitError):
             server.openai("first-key").responses.create(model="nonce", input="a")
+
+
+def test_prompts_that_are_still_read_count_as_well(monkeypatch):
+    """What they hold is most of what a request costs before it is answered."""
+    from weft.serve import app
+
+    go, begun, read = threading.Event(), threading.Event(), app.of_responses
+
+    def slowly(*given):
+        begun.set()
+        assert go.wait(PATIENCE)
+        return read(*given)
+
+    monkeypatch.setattr(app, "of_responses", slowly)
+    with running({"nonce": NonceBackbone()}, keys=KEYS, limits=Limits(concurrent=1)) as server:
+        asked = {"model": "nonce", "input": ask(new_nonce(), "t")}
+        replies = []
+        first = threading.Thread(
+            target=lambda: replies.append(server.http("first-key").post("/v1/responses", json=asked))
+        )
+        first.start()
+        assert begun.wait(PATIENCE)
+        replies.append(server.http("first-key").post("/v1/responses", json=asked))
+        go.set()
+        first.join(PATIENCE)
+        assert [reply.status_code for reply in replies] == [429, 200]
 
 
 DEEP = Limits(json_depth=4, json_values=50)

@@ -68,6 +68,7 @@ CASES = {
     "answer_images": Case({"answer_images": 2}, asking("a", max_images=2), asking("a", max_images=3), 400, "usage"),
 }  # fmt: skip
 ELSEWHERE = {
+    "head_bytes": "test_connection.py", "head_seconds": "test_connection.py", "body_seconds": "test_connection.py",
     "requests_per_minute": "test_guard.py", "concurrent": "test_guard.py",
     "answer_text_tokens": "", "queue": "", "queue_seconds": "", "file_seconds": "", "files_bytes": "",
     "keep_alive_seconds": "test_responses.py", "send_seconds": "test_disconnect.py", "drain_seconds": "",

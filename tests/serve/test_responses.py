@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from pydantic import TypeAdapter
 
 from tests.serve.nonce import PATCHES, NonceBackbone, Shown, ask, digest_of, expected, new_nonce, picture
 from tests.serve.reading import of_response, shown
-from tests.serve.running import running
+from tests.serve.running import running, until
 from weft.backbones.base import encode_document
 from weft.document import Document, Image, Text, Turn, assistant, user
+from weft.serve.limits import Limits
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 PLANS = ["t", "p", "tptp", "pp", "tppt", "pptpp"]
@@ -243,8 +245,6 @@ def test_a_stream_that_has_nothing_to_say_says_so():
         if steps == 12:
             assert go.wait(60)
 
-    from weft.serve.limits import Limits
-
     with running({"nonce": NonceBackbone(before_step=wait)}, limits=Limits(keep_alive_seconds=1)) as server:
         asked = {"model": "nonce", "stream": True, "input": ask(new_nonce(), "tp")}
         with server.http().stream("POST", "/v1/responses", json=asked) as reply:
@@ -255,6 +255,33 @@ def test_a_stream_that_has_nothing_to_say_says_so():
                     go.set()
         assert said.startswith(": ping")
         assert go.is_set()
+
+
+@pytest.mark.parametrize("endpoint", ["responses", "chat/completions"])
+def test_a_stream_begins_before_its_answer_does(endpoint):
+    """Whoever waits for a slot hears from the server; what is refused later is refused in the stream."""
+    go = threading.Event()
+    limits = Limits(keep_alive_seconds=1, queue_seconds=3)
+    with running({"nonce": NonceBackbone(before_step=lambda: go.wait(60))}, slots=1, limits=limits) as server:
+        blocking = threading.Thread(target=whole, args=(server,), kwargs={"input": "a"})
+        blocking.start()
+        until(lambda: server.scheduler.load.running == 1)
+        prompt = {"input": "a"} if endpoint == "responses" else {"messages": [{"role": "user", "content": "a"}]}
+        asked = {"model": "nonce", "stream": True, **prompt}
+        with server.http().stream("POST", f"/v1/{endpoint}", json=asked) as reply:
+            assert reply.status_code == 200
+            lines = reply.iter_lines()
+            first = next(lines)
+            assert server.scheduler.load.waiting == 1
+            time.sleep(limits.queue_seconds)  # it waits too long meanwhile
+            go.set()
+            data = [line for line in [first, *lines] if line.startswith("data: ")]
+        assert "no slot became free" in data[-1]
+        assert len(data) == (3 if endpoint == "responses" else 2)
+        blocking.join(60)
+        # one that is refused at once has a status that says so
+        server.scheduler._is_closing = True
+        assert server.http().post(f"/v1/{endpoint}", json=asked).status_code == 503
 
 
 def test_an_answer_that_breaks_ends_with_an_error(monkeypatch):

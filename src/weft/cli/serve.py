@@ -24,6 +24,7 @@ def serve(
     context: int | None = None,
     key_file: Path | None = None,
     insecure: Annotated[bool, Parameter(negative=())] = False,
+    public_url: str = "",
     drain: float = 30.0,
     config: Path | None = None,
     print_limits: Annotated[bool, Parameter(negative=())] = False,
@@ -49,6 +50,8 @@ def serve(
         Keys of callers, one per line; by default the one in WEFT_API_KEY, if it is set.
     insecure: bool
         Let others in without keys.
+    public_url: str
+        http(s)://HOST[:PORT] put before the addresses of pictures, for pages that show them elsewhere.
     drain: float
         Seconds that answers under way may take to end once the server is asked to.
     config: Path | None
@@ -61,7 +64,8 @@ def serve(
 
     given = {
         "host": (host, "127.0.0.1"), "port": (port, 8000), "slots": (slots, 16), "context": (context, None),
-        "key_file": (key_file, None), "insecure": (insecure, False), "limits.drain_seconds": (drain, 30.0),
+        "key_file": (key_file, None), "insecure": (insecure, False),
+        "public_url": (public_url, ""), "limits.drain_seconds": (drain, 30.0),
     }  # fmt: skip
     overrides = {name: value for name, (value, default) in given.items() if value != default}
     settings = load_config(ServeConfig, config, overrides)
@@ -79,7 +83,8 @@ def serve(
     scheduler = Scheduler(
         models, slots=settings.slots, context=settings.context, queue=limits.queue, queue_seconds=limits.queue_seconds
     )
-    addresses = create_app(scheduler, [Served(name) for name in models], keys=keys, limits=limits, page=True)
+    served = [Served(name) for name in models]
+    addresses = create_app(scheduler, served, keys=keys, limits=limits, public_url=settings.public_url, page=True)
     names = ", ".join(models)
     run_server(
         addresses, scheduler, settings, say=lambda address: print(f"{names} at {address}", file=sys.stderr, flush=True)

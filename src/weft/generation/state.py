@@ -4,7 +4,8 @@
     picture = [IMG] opening* element x P closing*
 
 Whatever is chosen, the answer keeps to the grammar and ends: a picture is begun only if it and the final end fit into
-what is left, what opens and closes it and its lines is not chosen, and every other token uses up some of the budget.
+what is left, and chosen where they do not it cuts the answer off; what opens and closes it and its lines is not chosen;
+and every other token uses up some of the budget.
 """
 
 from enum import IntFlag
@@ -75,13 +76,13 @@ class AnswerState:
             return May.BEGIN_IMAGE
         may = May(0)
         owed = self._owed()
+        # where nothing is owed, what no longer fits may still be chosen, and cuts the answer off: only so can an answer
+        # that fills its budget exactly be told from one that wanted to go on
         if owed == 0:
-            # where no text fits any more it may still be chosen, and cuts the answer off: only so can an answer that
-            # fills its budget exactly be told from one that wanted to go on
             may |= May.END | May.TEXT
         elif self._text_fits():
             may |= May.TEXT
-        if self.images < self._config.max_images and self._left > max(owed, 1) * self._form.length:
+        if self.images < self._config.max_images and (owed == 0 or self._picture_fits()):
             may |= May.BEGIN_IMAGE
         return may
 
@@ -111,14 +112,15 @@ class AnswerState:
         if token in (self._tokens.end, self._tokens.separator):
             self.reason = "stop"
             return May.END
+        fits = self._picture_fits() if token == self._tokens.begin_image else self._text_fits()
+        if not fits:
+            self.reason = "length"
+            return May.END
         if token == self._tokens.begin_image:
             self._left -= 1
             self.images += 1
             self.inside = 1
             return May.BEGIN_IMAGE
-        if not self._text_fits():
-            self.reason = "length"
-            return May.END
         self._left -= 1
         self.inside = None
         self.text_tokens += 1
@@ -133,6 +135,10 @@ class AnswerState:
 
     def _owed(self) -> int:
         return max(self._config.owed_images - self.images, 0)
+
+    def _picture_fits(self) -> bool:
+        """One more picture leaves room for others that are owed and the end."""
+        return self._left > max(self._owed(), 1) * self._form.length
 
     def _text_fits(self) -> bool:
         """One more text token leaves room for the pictures that are owed and the end."""

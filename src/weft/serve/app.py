@@ -72,11 +72,18 @@ class _Room:
 
 
 class _Begun:
-    """Pieces of an answer, the first of which is there; closed, it ends the request, even if nothing was read."""
+    """Pieces of an answer that is being made; closed, it ends the request, even if nothing was read."""
 
-    def __init__(self, first: Piece, rest: AsyncGenerator[Piece]) -> None:
-        self._first: Piece | None = first
-        self._rest = rest
+    def __init__(self, found: AsyncGenerator[Piece]) -> None:
+        self._rest = found
+        self._first: asyncio.Future[Piece] | None = asyncio.ensure_future(anext(found))
+
+    async def wait(self, seconds: float | None) -> None:
+        """For the first piece, at most so long: what is refused until then is raised here, before a status is sent."""
+        if self._first is not None:
+            await asyncio.wait((self._first,), timeout=seconds)
+            if self._first.done():
+                self._first.result()
 
     def __aiter__(self) -> Self:
         return self
@@ -84,10 +91,14 @@ class _Begun:
     async def __anext__(self) -> Piece:
         if self._first is not None:
             first, self._first = self._first, None
-            return first
+            return await first
         return await anext(self._rest)
 
     async def aclose(self) -> None:
+        if self._first is not None:
+            self._first.cancel()
+            with contextlib.suppress(BaseException):
+                await self._first
         await self._rest.aclose()
 
 
@@ -113,6 +124,7 @@ def create_app(
     keys: Sequence[str] = (),
     limits: Limits | None = None,
     files: Files | None = None,
+    public_url: str = "",
     page: bool = False,
 ) -> FastAPI:
     """
@@ -121,6 +133,7 @@ def create_app(
         models: what it serves; the first is the default of the page.
         keys: one of which every caller of /v1 needs; none: everybody may ask.
         files: where pictures are kept that are fetched by address. None: here.
+        public_url: what stands before these addresses, so that others than the caller can follow them.
         page: show one at `/` too, where gradio is installed.
     """
     limits = limits or Limits()
@@ -137,20 +150,42 @@ def create_app(
     def caller(request: Request) -> str:
         return callers.owner(request.headers.get("authorization"))
 
+    def own(owner: str) -> Own:
+        return Own(files, owner, public_url)
+
     def check_model(asked: Asked) -> None:
         if asked.model not in names:
             known = ", ".join(sorted(names))
             raise HTTPException(404, f"there is no such model; there is {known}")
 
-    async def begin(
-        request: Request, endpoint: str, asked: Asked, owner: str, prompt: Callable[..., Any], config: SamplingConfig
-    ) -> _Begun:
-        """The pieces of the answer; what is refused is refused before this returns."""
-        document = await asyncio.to_thread(prompt, asked, limits, Own(files, owner))
+    async def read_and_answer(
+        endpoint: str, asked: Asked, owner: str, prompt: Callable[..., Document], config: SamplingConfig
+    ) -> AsyncGenerator[Piece]:
+        document = await asyncio.to_thread(prompt, asked, limits, own(owner))
         found = _counted(pieces(scheduler.answer(asked.model, document, config)), endpoint, counters)
-        held = _held(found, callers, owner)
-        first = await _unless_gone(request, anext(held))
-        return _Begun(first, held)
+        async with aclosing(found):
+            async for piece in found:
+                yield piece
+
+    async def begin(
+        request: Request,
+        endpoint: str,
+        asked: Asked,
+        owner: str,
+        prompt: Callable[..., Document],
+        config: SamplingConfig,
+        *,
+        is_streamed: bool | None = False,
+    ) -> _Begun:
+        """The pieces of the answer. What is refused is refused before this returns; but a stream begins after a while
+        whatever comes, as nobody waits long for a server that says nothing."""
+        begun = _Begun(_held(read_and_answer(endpoint, asked, owner, prompt, config), callers, owner))
+        try:
+            await _unless_gone(request, begun.wait(limits.keep_alive_seconds if is_streamed else None))
+        except BaseException:
+            await begun.aclose()
+            raise
+        return begun
 
     @app.post("/v1/chat/completions", responses=REFUSALS)
     async def chat_completions(asked: ChatRequest, request: Request) -> Any:
@@ -161,9 +196,8 @@ def create_app(
             asked, limits, seed=_seed(), temperature=asked.temperature, top_p=asked.top_p,
             max_tokens=asked.max_completion_tokens or asked.max_tokens, max_images=0 if texts_only else None,
         )  # fmt: skip
-        found = await begin(request, "chat", asked, owner, of_chat, config)
-        delivery = asked.image_delivery or ("url" if asked.stream else "inline")
-        made = chat.Completion(asked, _identity(), int(time.time()), Own(files, owner), delivery)
+        found = await begin(request, "chat", asked, owner, of_chat, config, is_streamed=asked.stream)
+        made = chat.Completion(asked, _identity(), int(time.time()), own(owner))
         if asked.stream:
             with_usage = bool((asked.stream_options or {}).get("include_usage"))
             return _Stream(chat.stream(made, found, with_usage=with_usage), found, limits)
@@ -178,9 +212,8 @@ def create_app(
             asked, limits, seed=_seed(), temperature=asked.temperature, top_p=asked.top_p,
             max_tokens=asked.max_output_tokens,
         )  # fmt: skip
-        found = await begin(request, "responses", asked, owner, of_responses, config)
-        delivery = asked.image_delivery or ("url" if asked.stream else "inline")
-        made = responses.Answer(asked, _identity(), int(time.time()), Own(files, owner), delivery)
+        found = await begin(request, "responses", asked, owner, of_responses, config, is_streamed=asked.stream)
+        made = responses.Answer(asked, _identity(), int(time.time()), own(owner))
         if asked.stream:
             return _Stream(responses.stream(made, found), found, limits)
         async with aclosing(found):
@@ -192,7 +225,6 @@ def create_app(
         check_model(asked)
         size = asked.size if asked.image_size is None else asked.image_size
         seed = _seed() if asked.seed is None else asked.seed
-        by_url = (asked.image_delivery or ("url" if asked.response_format == "url" else "inline")) == "url"
         data = []
         for number in range(asked.n or 1):
             numbered = asked.model_copy(update={"image_size": size, "seed": (seed + number) % 2**63})
@@ -205,8 +237,8 @@ def create_app(
             found = await begin(request, "images", asked, owner, of_images, config)
             async with aclosing(found):
                 picture = await _unless_gone(request, _first_picture(found))
-            own = Own(files, owner)
-            data.append({"url": own.put(picture.png)} if by_url else {"b64_json": picture.base64})
+            is_inline = asked.delivery == "inline"
+            data.append({"b64_json": picture.base64} if is_inline else {"url": own(owner).put(picture.png)})
         return {"created": int(time.time()), "data": data}
 
     @app.get("/v1/models", responses={401: REFUSALS[401]})

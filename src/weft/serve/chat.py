@@ -8,7 +8,7 @@ from typing import Any
 from weft.errors import WeftError
 from weft.serve.files import Own
 from weft.serve.parts import UNEXPECTED, End, Picture, Piece, TextPiece
-from weft.serve.schema import ChatRequest, Delivery
+from weft.serve.schema import ChatRequest
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -17,10 +17,8 @@ Json = dict[str, Any]
 class Completion:
     """One answer in the making, and what each piece adds to it."""
 
-    def __init__(self, request: ChatRequest, identity: str, created: int, own: Own, delivery: Delivery) -> None:
-        self._form, self._own = request.response_image_format, own
-        # Markdown names pictures by address: text that holds them whole freezes the pages that show it
-        self._delivery: Delivery = "url" if self._form == "markdown" else delivery
+    def __init__(self, request: ChatRequest, identity: str, created: int, own: Own) -> None:
+        self._form, self._delivery, self._own = request.response_image_format, request.delivery, own
         self._head = {"id": f"chatcmpl-{identity}", "created": created, "model": request.model}
         self._text, self._pictures, self._parts = "", list[Json](), list[Json]()
         self.reason: str | None = None

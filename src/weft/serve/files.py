@@ -56,9 +56,9 @@ class Files:
             self._bytes -= len(self._files.popitem(last=False)[1].data)
 
 
-def address(identity: str) -> str:
-    """Of a picture, on this server: without a host, which only the caller knows."""
-    return PATH.format(id=identity)
+def address(identity: str, public_url: str = "") -> str:
+    """Of a picture: on this server, or where it is told, from elsewhere."""
+    return public_url.rstrip("/") + PATH.format(id=identity)
 
 
 def is_address(text: str) -> bool:
@@ -72,10 +72,12 @@ class Own:
 
     files: Files
     owner: str
+    public_url: str = ""
+    """What stands before their addresses."""
 
     def put(self, data: bytes) -> str:
         """Keep a picture; returns its address."""
-        return address(self.files.put(data, self.owner))
+        return address(self.files.put(data, self.owner), self.public_url)
 
     def find(self, at: str) -> bytes | None:
         found = _ADDRESS.fullmatch(at)

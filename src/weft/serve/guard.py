@@ -118,9 +118,9 @@ class Quiet:
 
 
 class Bodies:
-    """Middleware that reads bodies within bounds: of callers with a key, so many bytes, so much JSON in them.
+    """Middleware that reads bodies within bounds: of callers with a key, so many bytes, within so long, so much JSON.
 
-    What is refused is answered 401, 413 or 400, before anything is made of it.
+    What is refused is answered 401, 408, 413 or 400, before anything is made of it.
     """
 
     def __init__(self, app: Any, limits: Limits, callers: Callers) -> None:
@@ -137,7 +137,12 @@ class Bodies:
             await _refuse(send, 401, f"{error.what}; {error.fix}", NoKey.code, "authentication_error")
             return
         limit = self._limits.body_bytes
-        body = await _read(receive, limit)
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                body = await _read(receive, limit)
+        except TimeoutError:
+            await _refuse(send, 408, "the request did not arrive in time", "request_timeout")
+            return
         if body is None:
             return
         if len(body) > limit:
@@ -207,7 +212,7 @@ def _wrong(body: bytes, limits: Limits) -> tuple[str, str] | None:
 async def _refuse(send: Send, status: int, message: str, code: str | None, kind: str = "invalid_request_error") -> None:
     body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 413:
+    if status in (408, 413):
         headers.append((b"connection", b"close"))  # or all the rest would be read, and dropped
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body.encode()})

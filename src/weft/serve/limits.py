@@ -8,8 +8,14 @@ from weft.config import Config
 class Limits(Config):
     """What one caller, one request and the server as a whole may use."""
 
+    head_bytes: PositiveInt = 64 * 2**10
+    """Of a request's address and headers."""
+    head_seconds: PositiveFloat = 10.0
+    """Until they have arrived."""
     body_bytes: PositiveInt = 64 * 2**20
     """Of a request."""
+    body_seconds: PositiveFloat = 120.0
+    """Until it has arrived."""
     json_depth: PositiveInt = 32
     """Brackets within brackets."""
     json_values: PositiveInt = 20_000

@@ -8,7 +8,7 @@ from typing import Any
 from weft.errors import WeftError
 from weft.serve.files import Own
 from weft.serve.parts import UNEXPECTED, End, Picture, PictureBegin, Piece, TextEnd, TextPiece
-from weft.serve.schema import Delivery, ResponsesRequest
+from weft.serve.schema import ResponsesRequest
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -27,9 +27,8 @@ class Answer:
         identity: the response's, without its prefix; its items' ids follow from it.
     """
 
-    def __init__(self, request: ResponsesRequest, identity: str, created: int, own: Own, delivery: Delivery) -> None:
-        self._request, self._identity, self._created = request, identity, created
-        self._own, self._delivery = own, delivery
+    def __init__(self, request: ResponsesRequest, identity: str, created: int, own: Own) -> None:
+        self._request, self._identity, self._created, self._own = request, identity, created, own
         self.items: list[Json] = []
         self.status = "in_progress"
         self.usage: Json | None = None
@@ -99,7 +98,7 @@ class Answer:
         return {"type": "image_generation_call", "id": identity, "status": status, "result": result}
 
     def _result(self, picture: Picture) -> str:
-        return picture.base64 if self._delivery == "inline" else self._own.put(picture.png)
+        return picture.base64 if self._request.delivery == "inline" else self._own.put(picture.png)
 
 
 async def whole(answer: Answer, found: AsyncIterator[Piece]) -> Json:

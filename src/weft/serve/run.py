@@ -5,6 +5,7 @@ import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,7 @@ from pydantic import Field, PositiveInt
 
 from weft.config import Config
 from weft.errors import UsageError, WeftError
+from weft.serve.connection import Connection
 from weft.serve.limits import Limits
 from weft.serve.scheduler import Scheduler
 
@@ -36,6 +38,8 @@ class ServeConfig(Config):
     """Keys of callers, one per line. Default: the environment variable WEFT_API_KEY, if it is set."""
     insecure: bool = False
     """Listen on an address that others reach, without keys."""
+    public_url: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
+    """http(s)://HOST[:PORT] put before the addresses of pictures, for pages that show them elsewhere."""
     limits: Limits = Limits()
 
 
@@ -141,7 +145,8 @@ class _Readers:
 def server_of(app: Any, scheduler: Scheduler, config: ServeConfig) -> Server:
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_level="warning", access_log=False, server_header=False,
-        timeout_keep_alive=30, timeout_graceful_shutdown=5, h11_max_incomplete_event_size=64 * 1024,
+        timeout_keep_alive=30, timeout_graceful_shutdown=1, ws="none",
+        http=partial(Connection, config.limits),  # type: ignore[arg-type]
     )  # fmt: skip
     return Server(settings, scheduler, config.limits)
 

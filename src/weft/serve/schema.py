@@ -52,6 +52,11 @@ class Asked(Extras):
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
 
+    @property
+    def delivery(self) -> Delivery:
+        """Lines of a stream are short, or clients cannot read them."""
+        return self.image_delivery or ("url" if getattr(self, "stream", None) else "inline")
+
     @model_validator(mode="after")
     def _flatten(self) -> Self:
         for name in Extras.model_fields if self.extra_body is not None else ():
@@ -105,6 +110,11 @@ class ChatRequest(Asked):
     response_image_format: Literal["images", "parts", "markdown"] = "images"
     """Pictures beside the text with their place in it, as parts in order, or as Markdown in the text."""
 
+    @property
+    def delivery(self) -> Delivery:
+        # Markdown names pictures by address: text that holds them whole freezes the pages that show it
+        return "url" if self.response_image_format == "markdown" else super().delivery
+
 
 class ResponsesRequest(Asked):
     """`POST /v1/responses`."""
@@ -138,3 +148,7 @@ class ImagesRequest(Asked):
     quality: Literal["auto", "standard"] | None = None
     moderation: Literal["auto"] | None = None
     stream: Literal[False] | None = None
+
+    @property
+    def delivery(self) -> Delivery:
+        return self.image_delivery or ("url" if self.response_format == "url" else "inline")
