@@ -1,6 +1,5 @@
 """How a server ends: nothing is cut without a word, neither when it is asked to end nor when its models fail."""
 
-import itertools
 import json
 import signal
 import threading
@@ -106,9 +105,12 @@ def test_what_takes_longer_than_it_may_gets_a_last_word():
 
 @pytest.mark.parametrize("drain", [30.0, 0.2])
 def test_streams_that_are_under_way_end_whole_or_with_a_word(drain):
-    model = NonceBackbone(before_step=lambda: time.sleep(0.005))
+    go_on = threading.Event()
+    model = NonceBackbone(before_step=lambda: go_on.wait(PATIENCE) and time.sleep(0.005))
     with running({"nonce": model}, slots=4, limits=Limits(drain_seconds=drain)) as server:
         asked = ask_all(server.url, "tptp")
+        until(lambda: server.scheduler.load.running + server.scheduler.load.waiting == len(asked))
+        go_on.set()
         for each in asked:
             if each.question.is_streamed:
                 assert each.is_begun.wait(PATIENCE)
@@ -123,16 +125,18 @@ def test_streams_that_are_under_way_end_whole_or_with_a_word(drain):
 
 
 def test_where_the_models_fail_every_stream_says_so():
-    steps, fails = itertools.count(), threading.Event()
+    stays, fails = threading.Event(), threading.Event()
 
     def step():
-        if next(steps) == 40:
+        time.sleep(0.005)
+        if stays.is_set():
             assert fails.wait(PATIENCE)
             raise RuntimeError("what somebody asked")
 
     with running({"nonce": NonceBackbone(before_step=step)}, slots=2) as server, server.http() as http:
-        asked = [Asked(server.url, endpoint, "t" * 9, True) for endpoint in ("responses", "chat/completions")]
+        asked = [Asked(server.url, endpoint, "t" * 30, True) for endpoint in ("responses", "chat/completions")]
         assert all(each.is_begun.wait(PATIENCE) for each in asked)
+        stays.set()
         asked += ask_all(server.url, "t")
         until(lambda: server.scheduler.load.waiting == 4)
         begun = time.monotonic()

@@ -137,6 +137,7 @@ class Scheduler:
         self._is_closing = self._must_end = False
         self._failure: BaseException | None = None
         self._waiting = 0
+        """Places of the queue that are taken, for callers to see: never too few."""
         self._durations: deque[float] = deque(maxlen=RECENT)
         self.steps = 0
         """Steps of all engines so far."""
@@ -160,8 +161,10 @@ class Scheduler:
 
     @property
     def load(self) -> Load:
+        # from where they really are: what callers count is corrected a moment after a request has joined the batch
         desks = self._desks.values()
-        return Load(self._waiting, sum(len(desk.running) for desk in desks), sum(desk.slots for desk in desks))
+        waiting = len(self._orders) + sum(len(desk.line) for desk in desks)
+        return Load(waiting, sum(len(desk.running) for desk in desks), sum(desk.slots for desk in desks))
 
     async def answer(self, model: str, document: Document, config: SamplingConfig) -> AsyncGenerator[Event]:
         """Events of one request up to its `Finished`. A caller that stops listening ends the request.
