@@ -193,3 +193,22 @@ def test_bundled_base_draws_tells_and_edits_but_does_not_interleave(tiny):
     ]
     assert sum(right) >= 16
     assert all(len(answer.parts) == 1 for answer in answers)
+
+
+def test_large_pictures_are_encoded_one_after_the_other_to_the_same(monkeypatch):
+    pictures = [Image(encode_png(PILImage.new("RGB", (40 + i, 30), (20 * i, 90, 7)))) for i in range(5)]
+    document = Document((user(*pictures[:2], "a"), assistant(pictures[2], "b", pictures[3]), user(pictures[4])))
+    backbone = load_backbone("nano")
+    together = encode_document(backbone, document)
+    sizes, encode = [], type(backbone).encode_images
+
+    def spied(self, images, **named):
+        sizes.append(len(images))
+        return encode(self, images, **named)
+
+    monkeypatch.setattr(type(backbone), "encode_images", spied)
+    monkeypatch.setattr("weft.backbones.base.PIXELS_AT_ONCE", 1300)  # more than one of them has, less than two
+    apart = encode_document(backbone, document)
+    assert sizes == [2, 1, 2]
+    assert torch.equal(apart.ids, together.ids)
+    assert apart.spans == together.spans

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from weft.adapters.routing import RoutingState
     from weft.synchronizer.sight import Looks, Synchronizer
 
+PIXELS_AT_ONCE = 2**24
+"""Of a document's pictures: where together they have more, they are decoded and encoded one after the other."""
 Kind = Literal["discrete", "continuous", "diffusion"]
 """Pictures are written as codes from a distribution, as vectors from a regression, or at once from the context."""
 
@@ -406,19 +408,29 @@ def _is_learnt(turn: Turn) -> bool:
 
 
 def _elements(backbone: Backbone, document: Document) -> Iterator[tuple[Elements, Pixels | None]]:
-    """The document's pictures in order, those to be learnt as the model writes them, the others as it reads them."""
-    pictures = [
-        decode_image(_bytes_of(image, document), where=_where(document, image, i))
-        for i, image in enumerate(document.images)
-    ]
+    """The document's pictures in order, those to be learnt as the model writes them, the others as it reads them.
+
+    They are encoded together, as long as they do not take much memory.
+    """
     learnt = [_is_learnt(turn) for turn in document.turns for part in turn.parts if isinstance(part, Image)]
-    found: dict[int, Elements] = {}
+    found: dict[int, tuple[Elements, Pixels | None]] = {}
+    together: dict[int, "PILImage.Image"] = {}
+
+    def encode(*, generated: bool) -> None:
+        if together:
+            encoded = backbone.encode_images(list(together.values()), generated=generated)
+            for (i, picture), elements in zip(together.items(), encoded, strict=True):
+                found[i] = elements, pixels_of(backbone, picture, learn=generated)
+            together.clear()
+
     for generated in (False, True):
-        numbers = [i for i, learn in enumerate(learnt) if learn == generated]
-        if numbers:
-            encoded = backbone.encode_images([pictures[i] for i in numbers], generated=generated)
-            found.update(zip(numbers, encoded, strict=True))
-    return ((found[i], pixels_of(backbone, pictures[i], learn=learnt[i])) for i in range(len(pictures)))
+        for i, image in enumerate(document.images):
+            if learnt[i] == generated:
+                together[i] = decode_image(_bytes_of(image, document), where=_where(document, image, i))
+                if sum(picture.width * picture.height for picture in together.values()) >= PIXELS_AT_ONCE:
+                    encode(generated=generated)
+        encode(generated=generated)
+    return (found[i] for i in range(len(learnt)))
 
 
 def pixels_of(backbone: Backbone, picture: "PILImage.Image", *, learn: bool) -> Pixels | None:
