@@ -4,19 +4,25 @@ import base64
 import json
 import math
 import random
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tests.evaluation.making import SHARED, answered, png, write
+from weft.cli import main
+from weft.errors import UsageError
 from weft.evaluation.bootstrap import intervals
-from weft.evaluation.evaluate import METRICS, TASKS
+from weft.evaluation.evaluate import METRICS, TASKS, adopt, keep_real
+from weft.evaluation.journal import EvaluationError
 from weft.evaluation.measures.texts import CORPUS_BLEU, circular, mme
 from weft.evaluation.metric import means
 from weft.evaluation.metrics.choices import ROTATIONS
 from weft.evaluation.metrics.length import at_length, line_at, repetition
 from weft.evaluation.records import Record
+from weft.evaluation.run import Run
 from weft.evaluation.score import ScoringConfig, score
-from weft.evaluation.summary import aggregate
+from weft.evaluation.summary import aggregate, rounded
 from weft.evaluation.task import TaskConfig
 
 PIXEL = base64.b64encode(png(size=(1, 1))).decode()
@@ -87,12 +93,16 @@ def test_circular_choices_by_way_of_records():
     from weft.evaluation.metrics.choices import infer_letter
 
     rows, wanted = load("mmbench_circular/input.json"), load("mmbench_circular/expected.json")
+    turns = Counter(row["index"] % ROTATIONS for row in rows)
     records = [
         Record(
-            "m", str(row["index"]), {"accuracy": hit}, unit=str(row["index"] % ROTATIONS), extra={"index": row["index"]}
+            "m",
+            str(row["index"]),
+            {"accuracy": float(infer_letter(row["prediction"], row["options"]) == row["answer"])},
+            unit=str(row["index"] % ROTATIONS),
+            extra={"index": row["index"], "rotations": turns[row["index"] % ROTATIONS]},
         )
         for row in rows
-        for hit in [float(infer_letter(row["prediction"], row["options"]) == row["answer"])]
     ]
     found = circular(records)
     assert found["circular"] == pytest.approx(wanted["circular_accuracy"])
@@ -160,34 +170,109 @@ def test_edits_against_the_true_picture_and_missing_ones_by_rule(tmp_path):
     assert skipped["dino/s16"].startswith("weights.dino is not given: DINO v1")
 
 
-def test_distances_between_sets_are_made_of_the_records_alone(tmp_path, monkeypatch):
-    import torch
+COLORS = ["red", "green", "blue", "white"]
 
+
+@pytest.fixture
+def landscapes(tmp_path, monkeypatch):
+    """Four pictures with captions, and a network that has the mean of two colours as features."""
     import weft.evaluation.metrics.inception as inception
-    from weft.evaluation.metrics.fid import frechet_distance, statistics
+
+    seen = []
 
     def network(pixels):
-        return torch.stack([pixels.mean((2, 3))[:, 0], pixels.mean((2, 3))[:, 1]], -1)
+        seen.append(len(pixels))
+        return pixels.mean((2, 3))[:, :2]
 
     monkeypatch.setattr(inception, "load_inception", lambda file: network)
-    colors = ["red", "green", "blue", "white"]
     rows = [{"image_id": i, "caption": "c"} for i in range(4)]
     write(tmp_path, {
         "coco_val_captions.jsonl": rows, "w.safetensors": b"x",
-        **{f"val2017/{i:012d}.jpg": png(color) for i, color in enumerate(colors)},
+        **{f"val2017/{i:012d}.jpg": png(color) for i, color in enumerate(COLORS)},
     })  # fmt: skip
-    answers = {f"{i + 1:06d}-{i}": [png(color)] for i, color in enumerate(["red", "red", "blue", "black"])}
-    values, _, _ = summary(
-        tmp_path, TaskConfig(name="ln-coco", data=tmp_path), answers, ("fid/64",),
-        weights={"inception": tmp_path / "w.safetensors"},
-    )  # fmt: skip
+    return seen
+
+
+def painted(folder, colors, metrics=("fid/64",), root=None, **weights):
+    answers = {f"{i + 1:06d}-{i}": [png(color)] for i, color in enumerate(colors)}
+    given = {"inception": (root or folder) / "w.safetensors", **weights}
+    return summary(folder, TaskConfig(name="ln-coco", data=root or folder), answers, metrics, weights=given)
+
+
+def test_distances_between_sets_are_made_of_the_records_alone(tmp_path, landscapes):
+    import torch
     from PIL import ImageColor
+
+    from weft.evaluation.metrics.fid import frechet_distance, statistics
+
+    values, _, _ = painted(tmp_path, ["red", "red", "blue", "black"])
 
     def features(names):
         return torch.tensor([[2 * (c / 255) - 1 for c in ImageColor.getrgb(name)[:2]] for name in names])
 
-    wanted = [statistics(features(each), variant="64") for each in (["red", "red", "blue", "black"], colors)]
+    wanted = [statistics(features(each), variant="64") for each in (["red", "red", "blue", "black"], COLORS)]
     assert values["fid/64"]["fid"]["value"] == pytest.approx(frechet_distance(*wanted), abs=1e-5)
+
+
+def test_real_pictures_are_seen_once_for_all_models(tmp_path, landscapes):
+    kept, ours = tmp_path / "real", (["red", "red", "blue", "black"], ["blue", "white", "white", "black"])
+    alone = [painted(tmp_path / f"alone{i}", each, root=tmp_path)[0]["fid/64"] for i, each in enumerate(ours)]
+    landscapes.clear()
+    both = [
+        painted(tmp_path / f"kept{i}", each, root=tmp_path, real_statistics=kept)[0]["fid/64"]
+        for i, each in enumerate(ours)
+    ]
+    assert sum(landscapes) == 4 + 4 + 4  # not 16
+    assert [each["fid"]["value"] for each in both] == pytest.approx([each["fid"]["value"] for each in alone], abs=1e-9)
+    assert [each["real"]["value"] for each in both] == [4.0, 4.0]
+    (file,) = kept.iterdir()
+    assert file.name.startswith("64-")
+    write(tmp_path, {"val2017/000000000002.jpg": png("yellow")})
+    painted(tmp_path / "other", ours[0], root=tmp_path, real_statistics=kept)
+    assert len(list(kept.iterdir())) == 2  # other pictures, another file
+    # one of them can stand for the task's pictures, whatever these are now
+    named, _, found = painted(tmp_path / "named", ours[0], root=tmp_path, real_statistics=file)
+    assert named["fid/64"]["fid"]["value"] == both[0]["fid"]["value"]
+    assert found["metrics"]["fid/64"]["weights"]["real_statistics"]["name"] == file.name
+
+
+def test_a_folder_of_pictures_has_the_statistics_of_the_same_pictures_of_a_task(tmp_path, landscapes, capsys):
+    kept = tmp_path / "real"
+    painted(tmp_path / "first", COLORS, root=tmp_path, real_statistics=kept)
+    given = ("--variant", "64", "--inception", str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "again"))
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "statistics", str(tmp_path / "val2017"), *given])
+    file = Path(capsys.readouterr().out.strip().splitlines()[-1])
+    assert not ended.value.code
+    assert file.read_bytes() == (kept / file.name).read_bytes()
+    with pytest.raises(UsageError, match="no variant of FID 'clan'"):
+        keep_real(tmp_path / "val2017", "clan", tmp_path / "w.safetensors", kept)
+    with pytest.raises(UsageError, match="there are 0 pictures"):
+        keep_real(kept, "64", tmp_path / "w.safetensors", kept)
+
+
+def test_statistics_of_another_variant_or_network_are_refused(tmp_path, landscapes):
+    kept = tmp_path / "real"
+    painted(tmp_path / "first", COLORS, root=tmp_path, real_statistics=kept)
+    (file,) = kept.iterdir()
+    with pytest.raises(UsageError, match="statistics of fid/64, not of fid/clean"):
+        painted(tmp_path / "clean", COLORS, ("fid/clean",), tmp_path, real_statistics=file)
+    write(tmp_path, {"w.safetensors": b"y"})
+    with pytest.raises(UsageError, match="another network"):
+        painted(tmp_path / "second", COLORS, root=tmp_path, real_statistics=file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(EvaluationError, match="does not hold statistics"):
+        painted(tmp_path / "third", COLORS, root=tmp_path, real_statistics=file)
+
+
+def test_statistics_are_scored_anew_when_the_file_is_another(tmp_path, landscapes):
+    painted(tmp_path, COLORS)
+    run = Run(tmp_path / "run")
+    given = {"inception": tmp_path / "w.safetensors", "real_statistics": tmp_path / "real"}
+    score(run, TASKS, METRICS, ScoringConfig(metrics=("fid/64",), weights=given))
+    records = run.read_records()["fid/64"].values()
+    assert ["statistics" in each.extra for each in records] == [True, False, False, False]
+    assert not any("real" in each.extra for each in records)
 
 
 def test_miou_over_all_pixels(tmp_path):
@@ -216,6 +301,27 @@ def test_miou_over_all_pixels(tmp_path):
 
 
 # --- rows that name what the literature leaves open ---
+
+
+@known
+def test_words_that_were_parted_before_are_scored_as_they_are(tmp_path):
+    words, wanted = load("abstract48s_captions/tokenized.json"), load("abstract48s_captions/expected.json")
+    table = {
+        "images": [{"id": name, "file_name": "x.png"} for name in words["candidate_B"]],
+        "annotations": [{"image_id": name, "caption": r} for name, each in words["references"].items() for r in each],
+    }
+    write(tmp_path, {"nocaps_val_4500_captions.json": table, "x.png": png()})
+    config, metrics = TaskConfig(name="nocaps", data=tmp_path), ("cider-d/blanks", "bleu/blanks", "rouge-l/blanks")
+    said = {name: [text] for name, text in words["candidate_B"].items()}
+    values, _, _ = summary(tmp_path, config, said, metrics)
+    corpus = wanted["candidate_B"]["corpus"]
+    assert values["cider-d/blanks"]["cider_d"]["value"] == pytest.approx(corpus["CIDEr"], abs=1e-9)
+    assert values["rouge-l/blanks"]["rouge_l"]["value"] == pytest.approx(corpus["ROUGE_L"], abs=1e-9)
+    assert values["bleu/blanks"]["bleu_4"]["value"] == pytest.approx(corpus["Bleu_4"], abs=1e-9)
+    # a capital letter and a full stop are part of a word here
+    loud = {name: [text.upper() + "."] for name, text in words["candidate_B"].items()}
+    values, _, _ = summary(tmp_path / "loud", config, loud, metrics)
+    assert values["cider-d/blanks"]["cider_d"]["value"] == 0 == values["rouge-l/blanks"]["rouge_l"]["value"]
 
 
 def referred(folder, said, metrics):
@@ -388,6 +494,36 @@ def test_mme_needs_both_questions_of_a_picture():
     ]
     assert mme(records) == pytest.approx({"color": 100 * 3 / 6 + 100 / 3})
     assert mme(records[:-1]) == {}  # half of the score is over pictures
+
+
+def test_a_question_without_all_its_rotations_is_not_right():
+    records = [
+        Record("m", str(index), {"accuracy": 1.0}, unit=str(index % ROTATIONS), extra={"index": index, "rotations": 2})
+        for index in (1, ROTATIONS + 1, 2)
+    ]
+    assert circular(records) == {"circular": 1.0, "rows": 1.0, "first": 1.0}
+    assert circular(records[2:]) == {"rows": 1.0, "first": 1.0}
+    records[1] = Record("m", "b", {"accuracy": 0.0}, unit="1", extra={"index": ROTATIONS + 1, "rotations": 2})
+    assert circular(records)["circular"] == 0.0
+
+
+def test_a_score_that_is_no_number_is_named(tmp_path):
+    dialog = {"image_id": 7, "caption": "c", "dialog": [
+        {"question": 0, "answer": 0, "answer_options": [0, 1], "gt_index": 0}
+    ]}  # fmt: skip
+    write(tmp_path, {
+        "visdial_1.0_val.json": {"data": {"questions": ["q"], "answers": ["a", "b"], "dialogs": [dialog]}},
+        "visdial_1.0_val_dense_annotations.json": [{"image_id": 7, "round_id": 1, "gt_relevance": [0, 1]}],
+    })  # fmt: skip
+    write(tmp_path, {"run/predictions.jsonl": '{"id": "7", "parts": [], "scores": [0.5, NaN]}\n'})
+    run = adopt(tmp_path / "run", TaskConfig(name="visdial", data=tmp_path), "someone")
+    with pytest.raises(UsageError, match="score of 7 is not a number"):
+        score(run, TASKS, METRICS, ScoringConfig())
+
+
+def test_the_distance_of_a_set_to_itself_is_not_below_nought():
+    assert str(rounded(-1e-9, METRICS["fid/clean"])) == "0.0"
+    assert rounded(-0.02, METRICS["fid/clean"]) == -0.02
 
 
 def test_pope_has_a_mean_of_its_three_splits_only():

@@ -7,21 +7,24 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from tests.evaluation.making import answered, png, small_task, write
 from weft.backbones import load_backbone
 from weft.document import Document, Image, Text, user
 from weft.errors import UsageError
 from weft.evaluation.compare import compare
-from weft.evaluation.evaluate import METRICS
+from weft.evaluation.evaluate import METRICS, EvaluationConfig
 from weft.evaluation.generate import GenerationConfig, describe_model, predict
 from weft.evaluation.journal import EvaluationError, Journal
 from weft.evaluation.records import Prediction, from_json, picture_path, with_pictures
 from weft.evaluation.run import Run
 from weft.evaluation.score import ScoringConfig, score
 from weft.evaluation.summary import aggregate, verify
-from weft.evaluation.task import Sample, Task, TaskConfig, choose
+from weft.evaluation.task import Protocol, Sample, Task, TaskConfig, choose
+from weft.images import decode_image
 
 SAMPLING = {"min_images": 1, "max_images": 2, "max_text_tokens": 5}
 TASKS = {"small": small_task(sampling=SAMPLING)}
@@ -130,6 +133,75 @@ def test_later_rounds_read_what_the_model_wrote_before(nano, tmp_path):
     found = evaluate(tmp_path, nano, tasks).read_predictions()
     assert (len(found["one"].images), len(found["two"].images)) == (3, 2)
     assert found["one"].parts[0].sha256 == found["two"].parts[0].sha256 if not found["one"].text else True
+
+
+class Bluest:
+    """In the place of CLIP."""
+
+    def __init__(self, folder):
+        pass
+
+    def cosines(self, pictures, texts):
+        return torch.tensor([[self.of(each)] for each in pictures])
+
+    @staticmethod
+    def of(picture):
+        return float(np.asarray(picture, float)[..., 2].mean())
+
+
+@pytest.fixture
+def clip(tmp_path, monkeypatch):
+    monkeypatch.setattr("weft.scorers.CLIP", Bluest)
+    write(tmp_path / "clip", {"model.safetensors": b"x"})
+    return tmp_path / "clip"
+
+
+def captions(place):
+    for i in range(3):
+        yield Sample(f"c{i}", Document((user(f"caption {i}"),)), {"caption": f"caption {i}"})
+
+
+def drawn_once(folder, backbone, seed):
+    """Pictures by sample."""
+    sampling = {"min_images": 1, "max_images": 1, "max_text_tokens": 0, "image.temperature": 1.0, "seed": seed}
+    tasks = {"small": Task("one", "", captions, ("prose/length",), sampling=sampling)}
+    found = evaluate(folder, backbone, tasks).read_predictions()
+    return {name: with_pictures(each, folder).images[0].data for name, each in found.items()}
+
+
+def test_of_several_pictures_the_one_most_like_its_caption_is_kept(nano, tmp_path, clip):
+    best = Protocol(sampling={"image.temperature": 1.0}, best_of=3, facts={"real": "all"})
+    sampling = {"min_images": 1, "max_images": 1, "max_text_tokens": 0, "seed": 2}
+    tasks = {"small": Task("best", "", captions, ("prose/length",), sampling=sampling, protocols={"default": best})}
+    task, config, place = choose(TaskConfig(name="small"), tasks)
+    generation, model = GenerationConfig(slots=2, context=400, clip_l14=clip), {"name": "nano"}
+    run = predict(tmp_path / "best", task, config, place, nano, generation, model)
+    facts = run.facts()["generation"]
+    assert (facts["best_of"], facts["chosen_by"]["name"], facts["protocol"]) == (3, "clip", {"real": "all"})
+    assert facts["sampling"]["image"]["temperature"] == 1.0
+    # candidate k of seed 2 is drawn from seed 3 * 2 + k
+    each = [drawn_once(tmp_path / str(seed), nano, seed) for seed in (6, 7, 8)]
+    kept = run.read_predictions()
+    for name in ("c0", "c1", "c2"):
+        wanted = max((found[name] for found in each), key=lambda data: Bluest.of(decode_image(data)))
+        assert with_pictures(kept[name], run.folder).images[0].data == wanted
+        assert len({found[name] for found in each}) == 3
+    given = EvaluationConfig(best_of=3, slots=2, context=400, weights={"clip_l14": clip}).generation
+    assert given == generation.model_copy(update={"best_of": 3})
+    one = predict(tmp_path / "one", task, config, place, nano, generation.model_copy(update={"best_of": 1}), model)
+    assert "best_of" not in one.facts()["generation"]
+    with pytest.raises(UsageError, match="CLIP ViT-L/14, which is not given"):
+        predict(tmp_path / "none", task, config, place, nano, GenerationConfig(slots=2), model)
+    small, config, place = choose(TaskConfig(name="small"), TASKS)
+    with pytest.raises(UsageError, match="s0 does not ask for a picture of a caption"):
+        predict(tmp_path / "small", small, config, place, nano, generation.model_copy(update={"best_of": 2}), model)
+
+
+def test_a_folder_that_was_killed_at_its_first_file_is_no_stranger(nano, whole, tmp_path):
+    folder = tmp_path / "run"
+    write(folder, {".run.json.abc.part": b"{", "pictures/.x.png.abc.part": b"x"})
+    evaluate(folder, nano)
+    assert contents(folder) == contents(whole)
 
 
 def test_names_of_pictures_are_safe_and_distinct():
@@ -264,6 +336,27 @@ def test_a_damaged_line_is_named(tmp_path):
     with pytest.raises(EvaluationError) as caught:
         list(Journal(tmp_path / "x.jsonl").read())
     assert caught.value.where.endswith("x.jsonl, line 2")
+
+
+def test_a_last_line_that_was_not_ended_counts_if_it_is_whole(tmp_path):
+    write(tmp_path, {"x.jsonl": '{"a": 1}\n{"b": 2}'})
+    journal = Journal(tmp_path / "x.jsonl")
+    assert list(journal.read()) == [{"a": 1}, {"b": 2}]
+    journal.append([{"c": 3}])
+    assert journal.file.read_text() == '{"a": 1}\n{"b": 2}\n{"c": 3}\n'
+    write(tmp_path, {"x.jsonl": '{"a": 1}\n{"b": 2'})
+    journal.append([{"c": 3}])
+    assert journal.file.read_text() == '{"a": 1}\n{"c": 3}\n'
+
+
+def test_half_a_letter_does_not_stop_a_run(run):
+    text = "broken \ud83d"  # the first half of a picture of a face
+    edit(run.predictions.file, lambda lines: [
+        {**line, "parts": [{"type": "text", "text": text}]} if line["id"] == "s0" else line for line in lines
+    ])  # fmt: skip
+    score(run, STORIES, METRICS, ScoringConfig())
+    aggregate(run, METRICS)
+    assert run.read_records()["prose/length"]["s0"].raw == text and verify(run, METRICS) == []
 
 
 def test_a_prediction_is_read_as_it_was_written():

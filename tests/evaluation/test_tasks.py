@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 
 import pytest
 from PIL import Image as PILImage
@@ -12,7 +13,7 @@ from weft.errors import UsageError, WeftError
 from weft.evaluation.generate import read_samples
 from weft.evaluation.measures import METRICS
 from weft.evaluation.task import TaskConfig, choose
-from weft.evaluation.tasks import TASKS, picturebook
+from weft.evaluation.tasks import TASKS, picturebook, pictures
 
 PICTURE = png(size=(40, 20))
 VQA_ANSWERS = [{"answer": "yes", "answer_id": i} for i in range(1, 11)]
@@ -300,6 +301,13 @@ def test_mmbench_rotates_the_options(tmp_path):
     assert said(samples[3]) == [len(PICTURE), "look\nWho?\nA. x\nB. y\nAnswer with the option's letter from the given "
                                               "choices directly."]  # fmt: skip
     assert len(read("mmbench", tmp_path, variant="once")[0]) == 2
+    assert {s.reference["rotations"] for s in samples[:3]} == {3}
+    # a byte order mark changes nothing, an answer that is held back is not A
+    (tmp_path / "mmbench_dev_en.tsv").write_text("\ufeff" + head + rows)
+    assert read("mmbench", tmp_path)[0] == samples
+    (tmp_path / "mmbench_dev_en.tsv").write_text(head + rows.replace("\tA\tpeople", "\t\tpeople"))
+    with pytest.raises(WeftError, match="question 4 has the answer ''"):
+        read("mmbench", tmp_path)
 
 
 def test_mmmu_weaves_its_pictures_in(tmp_path):
@@ -334,12 +342,63 @@ def test_pictures_of_texts_and_maps(tmp_path):
         "annotations_with_color/validation/v1.png": PICTURE, "annotations/validation/v1.png": labels.getvalue(),
     })  # fmt: skip
     samples, _ = read("coco-30k", tmp_path)
-    assert [said(sample) for sample in samples] == [["a cat"], ["dog"]]
+    mm_interleaved, _ = read("coco-30k", tmp_path, variant="mm-interleaved")
+    assert [said(sample) for sample in samples] == [["a cat"], ["dog"]] == [said(s) for s in mm_interleaved]
     assert samples[0].reference["images"] == ["val2014/COCO_val2014_000000000009.jpg"]
     assert said(read("ln-coco", tmp_path)[0][0]) == ["In This Image"]
     samples, _ = read("geneval", tmp_path)
     assert [sample.sampling["seed"] for sample in samples] == [0, 1, 2, 3] and len({s.unit for s in samples}) == 1
     assert said(read("ade20k", tmp_path)[0][0]) == ["annotations_with_color/validation/v1.png", "a room."]
+
+
+def coco(tmp_path, images=40):
+    rows = [
+        {"id": 100 * i + k, "image_id": i, "caption": f" Caption {k} of {i} "} for k in (3, 1, 2) for i in range(images)
+    ]
+    return write(tmp_path, {"annotations/captions_val2014.json": {"annotations": rows}})
+
+
+def test_captions_of_coco_are_the_first_ones_or_drawn_by_a_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "COCO_N", 20)
+    first, _ = read("coco-30k", coco(tmp_path))
+    assert [(each.id, said(each)) for each in first] == [(str(i), [f"caption 3 of {i}"]) for i in range(20)]
+    drawn, facts = read("coco-30k", tmp_path, variant="drawn")
+    assert len({each.reference["images"][0] for each in drawn}) == 20 and facts["ids"] == [each.id for each in drawn]
+    assert [int(each.id) // 100 for each in drawn] != list(range(20))
+    assert len({said(each)[0][:9] for each in drawn}) == 3  # not always the first one
+    # the file's order and other pictures that are not drawn change nothing; the seed does
+    table = json.loads((tmp_path / "annotations/captions_val2014.json").read_text())
+    shuffled = {"annotations": table["annotations"][::-1]}
+    write(tmp_path, {"annotations/captions_val2014.json": shuffled})
+    assert read("coco-30k", tmp_path, variant="drawn")[1] == facts
+    write(tmp_path, {"coco_30k_ids.json": facts["ids"]})
+    assert read("coco-30k", tmp_path, variant="listed")[0] == drawn
+    monkeypatch.setattr(pictures, "COCO_SEED", 7)
+    assert read("coco-30k", tmp_path, variant="drawn")[1]["ids"] != facts["ids"]
+
+
+def test_a_published_list_of_captions_is_taken_as_it_is(tmp_path):
+    write(coco(tmp_path), {"coco_30k_ids.json": [502, 501, 3]})
+    samples, _ = read("coco-30k", tmp_path, variant="listed")
+    assert [each.id for each in samples] == ["502", "501", "3"]
+    assert [each.reference["images"][0][-7:] for each in samples] == ["005.jpg", "005.jpg", "000.jpg"]
+    write(tmp_path, {"coco_30k_ids.json": [502, 999]})
+    with pytest.raises(WeftError, match="no caption 999"):
+        read("coco-30k", tmp_path, variant="listed")
+
+
+def test_long_captions_are_drawn_again_up_to_a_number_rarer_pictures_more_often(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "COCO_N", 400)
+    rows = [{"image_id": 1 if i < 9 else 2, "caption": f"c{i}"} for i in range(10)]
+    write(tmp_path, {"coco_val_captions.jsonl": rows})
+    once, _ = read("ln-coco", tmp_path)
+    samples, facts = read("ln-coco", tmp_path, variant="mm-interleaved")
+    assert (
+        len(samples) == 400 and samples[:10] == once and read("ln-coco", tmp_path, variant="mm-interleaved")[1] == facts
+    )
+    seeds = [dict(each.sampling) for each in samples if said(each) == ["c9"]]
+    assert seeds == [{}, *({"seed": i} for i in range(1, len(seeds)))]
+    assert 150 < len(seeds) < 240  # one picture of two, not one caption of ten
 
 
 def test_mm_vet(tmp_path):

@@ -1,4 +1,4 @@
-"""`weft eval run | score | aggregate | compare | duel | verify | report | export | miniature | list`: numbers."""
+"""`weft eval run | score | aggregate | compare | duel | verify | report | export | statistics | ...`: numbers."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -344,6 +344,26 @@ def miniature(
     print(place / "report.html")
 
 
+@app.command
+def statistics(pictures: Path, *, variant: str, inception: Path, out: Path = Path("runs/eval/real")) -> None:
+    """See real pictures once for all models: the file that `--weights.real_statistics` takes, for one variant of FID.
+
+    Parameters
+    ----------
+    pictures: Path
+        A folder; all PNG, JPEG and WebP files below it.
+    variant: str
+        `pytorch-fid`, `clean`, `clean-legacy-tf`, `torchmetrics-1.9` or `64`.
+    inception: Path
+        The weights of the Inception network of 2015-12-05, safetensors.
+    out: Path
+        The folder to write into; the file's name says what it was made of.
+    """
+    from weft.evaluation.evaluate import keep_real
+
+    print(keep_real(pictures, variant, inception, out))
+
+
 @app.command(name="list")
 def list_(what: Literal["tasks", "metrics"] = "tasks", *, json_output: Json = False) -> None:
     """The tasks with the files they read, or the metrics with the weights they need.
@@ -409,7 +429,7 @@ def _show(summary: dict[str, Any], folder: Path, json_output: bool) -> None:
             notes = [
                 f"{cell[key]} {key.replace('_', ' ')}" for key in ("unparsed", "by_rule", "default") if key in cell
             ]
-            shown = "-" if cell["value"] is None else f"{cell['value']:.4f}"
+            shown = "-" if cell["value"] is None else f"{cell['value']:z.4f}"
             rows.append((name, value, shown, interval, str(cell["n"]), ", ".join(notes)))
     _table(("metric", "value", "mean", "95 %", "n", "of these"), rows)
     if summary["subset"]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from weft.config import Config
 from weft.errors import UsageError
@@ -18,7 +18,7 @@ from weft.evaluation.metric import WeightsConfig
 from weft.evaluation.run import Run, open_run
 from weft.evaluation.score import Say, ScoringConfig, score
 from weft.evaluation.summary import aggregate, verify
-from weft.evaluation.task import TaskConfig, choose
+from weft.evaluation.task import TaskConfig, choose, one_of
 from weft.evaluation.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class EvaluationConfig(Config):
     """Answers written at once."""
     context: int | None = None
     """Positions of a sequence; None: the model's."""
+    best_of: PositiveInt | None = None
+    """Answers to each prompt, of which CLIP ViT-L/14 keeps the one most like the caption; None: as the task has it."""
 
     @property
     def scoring(self) -> ScoringConfig:
@@ -54,7 +56,8 @@ class EvaluationConfig(Config):
 
     @property
     def generation(self) -> GenerationConfig:
-        return GenerationConfig(sampling=self.sampling, beams=self.beams, slots=self.slots, context=self.context)
+        names = ("sampling", "beams", "slots", "context", "best_of")
+        return GenerationConfig(clip_l14=self.weights.clip_l14, **{name: getattr(self, name) for name in names})
 
 
 def evaluate(
@@ -110,6 +113,34 @@ def adopt(folder: Path, task: TaskConfig, model: str) -> Run:
     described: dict[str, Any] = {"name": model, "revision": None, "adapter": None, "load": {}, "fingerprint": None}
     wanted = {"task": whole.model_dump(mode="json"), "model": described, "generation": None, "samples": facts}
     return open_run(folder, {**wanted, "made_with": None})
+
+
+def keep_real(pictures: Path, variant: str, inception: Path, out: Path) -> Path:
+    """The file, in the folder `out`, of all pictures below a folder, as `weights.real_statistics` takes it.
+
+    Raises:
+        UsageError: there are no pictures, or there is no such variant of FID.
+    """
+    from weft.evaluation.measures.pictures import FID_VARIANTS
+    from weft.evaluation.measures.real import keep_statistics
+    from weft.evaluation.metrics.inception import load_inception
+    from weft.images import read_image
+
+    one_of(variant, FID_VARIANTS, "variant of FID")
+    found = sorted(each for each in pictures.rglob("*") if each.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    if len(found) < 2:
+        raise UsageError(f"there are {len(found)} pictures", where=str(pictures), fix="name a folder of two at least")
+    if not inception.is_file():
+        raise UsageError(
+            "these weights are not there", where=str(inception), fix="name the file of Inception's weights"
+        )
+    return keep_statistics(
+        out,
+        lambda: (read_image(pictures, each.relative_to(pictures).as_posix()) for each in found),
+        variant=variant,
+        weights=inception,
+        network=load_inception(inception),
+    )
 
 
 def reaggregate(folder: Path, *, resamples: int = RESAMPLES) -> dict[str, Any]:

@@ -6,23 +6,26 @@ that have no line, and comes to the same: a request's answer depends on its prom
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from weft.atomic import write_bytes
 from weft.config import Config, load_config
 from weft.document import Document, Image, Part, Turn
+from weft.errors import UsageError
 from weft.evaluation.journal import EvaluationError, fingerprint
+from weft.evaluation.metric import describe_weights
 from weft.evaluation.records import Prediction, picture_path
 from weft.evaluation.run import Run, open_run, sample_facts, versions
-from weft.evaluation.task import Place, Sample, Task, TaskConfig
+from weft.evaluation.task import Place, Protocol, Sample, Task, TaskConfig
+from weft.images import decode_image
 
 if TYPE_CHECKING:
     from weft.backbones.base import Backbone
-    from weft.generation import Answer, Engine
+    from weft.generation import Answer, Event
 
 Say = Callable[[int, int], None]
 """Told how many samples of how many are done."""
@@ -39,6 +42,11 @@ class GenerationConfig(Config):
     """Answers written at once. Part of what a result was made with."""
     context: int | None = None
     """Positions of a sequence; None: the model's."""
+    best_of: PositiveInt | None = None
+    """Answers to each prompt, from as many seeds; kept is the one whose picture is most like the caption, by CLIP
+    ViT-L/14. None: as many as the task's variant has it."""
+    clip_l14: Path | None = None
+    """That CLIP, a folder of transformers."""
 
 
 def predict(
@@ -62,7 +70,8 @@ def predict(
         EvaluationError: two samples have one id, or there is none.
     """
     samples, facts = read_samples(task, config, place)
-    wanted = _resolved(task, generation)
+    wanted = _resolved(task, config.variant or task.variants[0], generation)
+    chooser = _Chooser.of(samples, generation.clip_l14, wanted)
     run = open_run(
         folder,
         {
@@ -78,7 +87,9 @@ def predict(
         left = [sample for sample in samples if sample.id not in done or done[sample.id].prompt != sample.prompt_hash]
         say(len(samples) - len(left), len(samples))
         if left:
-            run.predictions.append(_told(_answers(left, place, backbone, wanted, run), say, len(samples), len(left)))
+            run.predictions.append(
+                _told(_answers(left, place, backbone, wanted, run, chooser), say, len(samples), len(left))
+            )
             done = run.read_predictions()
         run.predictions.settle(done[sample.id].to_json() for sample in samples)
     return run
@@ -121,19 +132,70 @@ def describe_model(name: str, adapter: Path | None, backbone: "Backbone", load: 
     }
 
 
-def _resolved(task: Task, generation: GenerationConfig) -> dict[str, Any]:
-    """Every setting spelled out; flags lie over the task's own."""
+def _resolved(task: Task, variant: str, generation: GenerationConfig) -> dict[str, Any]:
+    """Every setting spelled out; flags lie over the variant's, and these over the task's own."""
     from weft.generation import BeamConfig, SamplingConfig
 
-    sampling = load_config(SamplingConfig, overrides={**task.sampling, **generation.sampling})
+    protocol = task.protocols.get(variant, Protocol())
+    sampling = load_config(SamplingConfig, overrides={**task.sampling, **protocol.sampling, **generation.sampling})
     beams = task.beams if generation.beams is None and not generation.sampling else generation.beams
     found = None if beams is None else load_config(BeamConfig, overrides=beams).model_dump(mode="json")
+    best_of = generation.best_of or protocol.best_of
     return {
         "sampling": sampling.model_dump(mode="json"),
         "beams": found,
         "slots": generation.slots,
         "context": generation.context,
+        **(_best(best_of, generation.clip_l14) if best_of > 1 else {}),
+        **({"protocol": dict(protocol.facts)} if protocol.facts else {}),
     }
+
+
+def _best(of: int, clip: Path | None) -> dict[str, Any]:
+    if clip is None:
+        raise UsageError(
+            f"of {of} answers the one most like its caption is kept, by CLIP ViT-L/14, which is not given",
+            where="weights.clip_l14",
+            fix="give its folder, or make one answer to each prompt: --best_of 1",
+        )
+    return {"best_of": of, "chosen_by": describe_weights(clip)}
+
+
+class _Chooser:
+    """Of several answers to one caption the one whose first picture is most like it."""
+
+    def __init__(self, clip: Path) -> None:
+        from weft.scorers import CLIP
+
+        self._clip = CLIP(clip)
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], clip: Path | None, settings: Mapping[str, Any]) -> "_Chooser | None":
+        """None where there is one answer to each prompt.
+
+        Raises:
+            UsageError: an answer cannot be compared with anything.
+        """
+        if clip is None or "best_of" not in settings:
+            return None
+        for sample in samples:
+            if not sample.reference.get("caption") or sample.options or settings["beams"] is not None:
+                raise UsageError(
+                    f"sample {sample.id} does not ask for a picture of a caption",
+                    where="best_of",
+                    fix="choose among answers of tasks that make pictures of texts",
+                )
+        return cls(clip)
+
+    def best(self, sample: Sample, candidates: Sequence["list[Answer]"]) -> "list[Answer]":
+        """The first of the best ones; one without a picture is the worst."""
+        pictures = [next((p for a in rounds for p in a.parts if isinstance(p, Image)), None) for rounds in candidates]
+        seen = [i for i, picture in enumerate(pictures) if picture is not None]
+        if not seen:
+            return candidates[0]
+        decoded = [decode_image(picture.data or b"") for picture in pictures if picture is not None]
+        likeness = self._clip.cosines(decoded, [sample.reference["caption"]])[:, 0].tolist()
+        return candidates[max(zip(likeness, seen, strict=True), key=lambda pair: pair[0])[1]]
 
 
 def _told(predictions: Iterator[Prediction], say: Say, total: int, left: int) -> Iterator[dict[str, Any]]:
@@ -144,7 +206,12 @@ def _told(predictions: Iterator[Prediction], say: Say, total: int, left: int) ->
 
 
 def _answers(
-    samples: Sequence[Sample], place: Place, backbone: "Backbone", settings: Mapping[str, Any], run: Run
+    samples: Sequence[Sample],
+    place: Place,
+    backbone: "Backbone",
+    settings: Mapping[str, Any],
+    run: Run,
+    chooser: "_Chooser | None",
 ) -> Iterator[Prediction]:
     """Predictions as they are finished; pictures are on the disk by then."""
     from weft.generation import BeamConfig, collect
@@ -164,49 +231,79 @@ def _answers(
             answer = collect(best_text(backbone, _loaded(sample.prompt, place), config))
             yield _written(sample, [answer], run)
         return
-    yield from _drawn(free, place, backbone, settings, run)
+    yield from _drawn(free, place, backbone, settings, run, chooser)
+
+
+@dataclass
+class _Open:
+    """One answer on its way."""
+
+    sample: Sample
+    candidate: int
+    document: Document
+    before: "list[Answer]"
+    """Of earlier rounds."""
+    events: "list[Event]" = field(default_factory=list)
 
 
 def _drawn(
-    samples: Sequence[Sample], place: Place, backbone: "Backbone", settings: Mapping[str, Any], run: Run
+    samples: Sequence[Sample],
+    place: Place,
+    backbone: "Backbone",
+    settings: Mapping[str, Any],
+    run: Run,
+    chooser: "_Chooser | None",
 ) -> Iterator[Prediction]:
     """Answers of an engine that is given the next prompt whenever it has room."""
-    from weft.generation import Engine, Event, Finished, SamplingConfig, collect
+    from weft.generation import Engine, Finished, SamplingConfig, collect
 
     engine = Engine(backbone, slots=settings["slots"], context=settings["context"])
-    base = SamplingConfig.model_validate(settings["sampling"])
-    waiting = iter(samples)
-    open_: dict[int, tuple[Sample, Document, list[Answer], list[Event]]] = {}
+    base, best_of = SamplingConfig.model_validate(settings["sampling"]), settings.get("best_of", 1)
+    waiting = ((sample, candidate) for sample in samples for candidate in range(best_of))
+    open_: dict[int, _Open] = {}
+    candidates: dict[str, dict[int, list[Answer]]] = {}
 
-    def ask(sample: Sample, document: Document, before: "list[Answer]") -> None:
-        # a round draws from another seed than the one before
-        own = {"seed": (base.seed + len(before)) % 2**63, **sample.sampling} if before else dict(sample.sampling)
+    def ask(each: _Open) -> None:
+        # a round draws from another seed than the one before, and a candidate than the others
+        own = {**({"seed": base.seed + len(each.before)} if each.before else {}), **each.sample.sampling}
+        if best_of > 1:
+            own["seed"] = own.get("seed", base.seed) * best_of + each.candidate
+        if "seed" in own:
+            own["seed"] %= 2**63
         config = base if not own else load_config(SamplingConfig, overrides={**_flat(base.model_dump()), **own})
-        open_[engine.submit(document, config)] = (sample, document, before, [])
+        open_[engine.submit(each.document, config)] = each
 
-    def fill(engine: "Engine") -> None:
+    def fill() -> None:
         while engine.waiting + engine.running < settings["slots"]:
-            sample = next(waiting, None)
-            if sample is None:
+            following = next(waiting, None)
+            if following is None:
                 return
-            ask(sample, _loaded(sample.prompt, place), [])
+            ask(_Open(*following, _loaded(following[0].prompt, place), []))
 
-    fill(engine)
+    fill()
     while open_:
         for event in engine.run():
-            sample, document, before, events = open_[event.request]
-            events.append(event)
+            each = open_[event.request]
+            each.events.append(event)
             if not isinstance(event, Finished):
                 continue
             del open_[event.request]
-            answers = [*before, collect(events)]
+            sample, answers = each.sample, [*each.before, collect(each.events)]
             if len(answers) <= len(sample.then):
-                following = tuple(place.loaded(part) for part in sample.then[len(before)])
+                following = tuple(place.loaded(part) for part in sample.then[len(each.before)])
                 said = (Turn("assistant", answers[-1].parts), Turn("user", following))
-                ask(sample, Document((*document.turns, *said), document.id), answers)
-            else:
+                document = Document((*each.document.turns, *said), each.document.id)
+                ask(_Open(sample, each.candidate, document, answers))
+            elif chooser is None:
                 yield _written(sample, answers, run)
-            fill(engine)
+            else:
+                made = candidates.setdefault(sample.id, {})
+                made[each.candidate] = answers
+                if len(made) == best_of:
+                    best = chooser.best(sample, [made[i] for i in range(best_of)])
+                    del candidates[sample.id]
+                    yield _written(sample, best, run)
+            fill()
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
 
+from weft.atomic import sha256_of
 from weft.config import Config
 from weft.document import Image
+from weft.errors import UsageError
+from weft.evaluation.journal import fingerprint
 from weft.evaluation.records import Prediction, Record, Status, with_pictures
 from weft.evaluation.task import Place, Sample
 from weft.images import decode_image
@@ -76,6 +79,9 @@ class WeightsConfig(Config):
     """DINO v1 ViT-S/16, a folder of transformers."""
     inception: Path | None = None
     """The Inception network of 2015-12-05, safetensors."""
+    real_statistics: Path | None = None
+    """FID: a folder that keeps what real pictures come to from run to run, or the file of one set of pictures, which
+    stands for the task's own."""
     lpips: Path | None = None
     """AlexNet's features, safetensors."""
     lpips_linear: Path | None = None
@@ -96,6 +102,8 @@ class Context:
     batch: PositiveInt = 16
     judge: Any = None
     """A `weft.evaluation.judge.Judge`, or None."""
+    answers: "Sequence[Answered]" = ()
+    """All that are scored, those that are measured already as well."""
     loaded: dict[str, Any] = field(default_factory=dict)
     """Networks that metrics share."""
 
@@ -115,6 +123,20 @@ class Context:
             about = WeightsConfig.model_fields[name].description
             raise LacksWeights(f"weights.{name} is not given: {about}")
         return file
+
+
+def describe_weights(path: Path) -> dict[str, str]:
+    """Name and hash; of a folder the hash of its files' names and hashes.
+
+    Raises:
+        UsageError: there is no such file or folder.
+    """
+    if path.is_file():
+        return {"name": path.name, "sha256": sha256_of(path)}
+    if not path.is_dir():
+        raise UsageError("these weights are not there", where=str(path), fix="check the path under weights")
+    files = sorted(each for each in path.rglob("*") if each.is_file())
+    return {"name": path.name, "sha256": fingerprint([each.name, sha256_of(each)] for each in files)}
 
 
 class LacksWeights(Exception):
@@ -167,6 +189,8 @@ class Metric:
     lower_is_better: bool = False
     needs: tuple[str, ...] = ()
     """Fields of `WeightsConfig`."""
+    uses: tuple[str, ...] = ()
+    """More of them, that it can do without; with them its values are others."""
     judged: bool = False
     """A judge is asked; its name becomes part of the metric's."""
     lacks: Callable[[], str | None] = lambda: None

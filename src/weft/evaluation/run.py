@@ -15,13 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from weft.atomic import write_json
+from weft.atomic import clean_leftovers, write_json
 from weft.errors import UsageError
 from weft.evaluation.journal import EvaluationError, Journal, fingerprint
 from weft.evaluation.records import Prediction, Record, from_json
 from weft.evaluation.task import Sample, TaskConfig, read_json
 
 VERSION = 1
+WRITTEN = ("run.json", "predictions.jsonl", "records.jsonl", "scoring.json", "summary.json")
 LIBRARIES = ("weft", "numpy", "torch", "transformers", "tokenizers", "diffusers", "pillow", "pycocoevalcap")
 
 
@@ -94,7 +95,8 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """
+        """Alone in this folder; what a killed process left half written is removed.
+
         Raises:
             UsageError: another process works in this folder.
         """
@@ -103,6 +105,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
+                for name in WRITTEN:
+                    clean_leftovers(self.folder, name)
+                if (self.folder / "run.json").is_file():
+                    clean_leftovers(self.folder / "pictures")
                 yield
         except Timeout as error:
             raise UsageError(
@@ -117,19 +123,19 @@ def open_run(folder: Path, facts: Mapping[str, Any]) -> Run:
         UsageError: the folder holds another evaluation; the first difference is named.
     """
     run, wanted = Run(folder), {"version": VERSION, **facts}
-    if (folder / "run.json").is_file():
-        difference = next(differences(run.facts(), wanted, skip=("made_with",)), None)
-        if difference is not None:
-            raise UsageError(
-                f"the folder holds another evaluation: {difference}",
-                where=str(folder),
-                fix="name another folder with --out",
-            )
-    else:
-        stray = [each.name for each in folder.iterdir() if each.name != ".lock"] if folder.is_dir() else []
-        if stray and set(stray) - {"predictions.jsonl", "pictures"}:
-            raise UsageError("the folder is not empty", where=str(folder), fix="name a new folder with --out")
-        write_json(folder / "run.json", wanted)
+    with run.locked():
+        if (folder / "run.json").is_file():
+            difference = next(differences(run.facts(), wanted, skip=("made_with",)), None)
+            if difference is not None:
+                raise UsageError(
+                    f"the folder holds another evaluation: {difference}",
+                    where=str(folder),
+                    fix="name another folder with --out",
+                )
+        else:
+            if {each.name for each in folder.iterdir()} - {".lock", "predictions.jsonl", "pictures"}:
+                raise UsageError("the folder is not empty", where=str(folder), fix="name a new folder with --out")
+            write_json(folder / "run.json", wanted)
     return run
 
 

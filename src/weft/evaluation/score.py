@@ -5,16 +5,22 @@ nothing that was done: its failures are never records, and the next scoring asks
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from weft.atomic import write_json
 from weft.config import Config
-from weft.errors import UsageError
 from weft.evaluation.generate import read_samples
 from weft.evaluation.journal import EvaluationError, fingerprint
 from weft.evaluation.judge import Judge, JudgeConfig
-from weft.evaluation.metric import Answered, Context, LacksWeights, Measured, Metric, WeightsConfig
+from weft.evaluation.metric import (
+    Answered,
+    Context,
+    LacksWeights,
+    Measured,
+    Metric,
+    WeightsConfig,
+    describe_weights,
+)
 from weft.evaluation.records import Prediction, Record, predictions_fingerprint
 from weft.evaluation.run import Run, versions
 from weft.evaluation.summary import no_prediction
@@ -59,7 +65,7 @@ def score(
     with run.locked():
         answers = _answered(run, task, task_config, place, config.subset)
         judge = None if config.judge is None else Judge.open(config.judge, run.folder / "judge.jsonl")
-        context = Context(config.weights, run.folder, config.batch, judge)
+        context = Context(config.weights, run.folder, config.batch, judge, answers)
         scoring, now = run.scoring(), predictions_fingerprint([answer.prediction for answer in answers])
         # metrics that were asked for before stay, as long as they are of these answers
         made: dict[str, Any] = dict(scoring.get("metrics", {})) if scoring.get("predictions") == now else {}
@@ -159,7 +165,7 @@ def _score_one(run: Run, name: str, metric: Metric, answers: Sequence[Answered],
 
 def _key(name: str, metric: Metric, answer: Answered, context: Context) -> str:
     judge = context.judge.settings if metric.judged else None
-    files = {each: str(context.file(each)) for each in metric.needs}
+    files = {each: str(context.file(each)) for each in _given(metric, context)}
     made_of = [name, metric.version, answer.prediction.to_json(), answer.sample.identity, judge, files]
     return fingerprint([*made_of, answer.sample.prompt_hash if metric.judged else None])[:16]
 
@@ -190,17 +196,15 @@ def _raw(prediction: Prediction) -> str:
 
 def _made_with(metric: Metric, context: Context) -> dict[str, Any]:
     judge = {"judge": context.judge.settings} if metric.judged else {}
-    weights = {"weights": {each: _weights(context.file(each)) for each in metric.needs}} if metric.needs else {}
-    return {"about": metric.about, "version": metric.version, **judge, **weights}
+    files = {each: context.file(each) for each in _given(metric, context)}
+    # a folder that more than one run fills is not what this one was made with
+    weights = {
+        name: describe_weights(path) if name in metric.needs or path.is_file() else {"name": path.name}
+        for name, path in files.items()
+    }
+    return {"about": metric.about, "version": metric.version, **judge, **({"weights": weights} if weights else {})}
 
 
-def _weights(path: Path) -> dict[str, str]:
-    """Name and hash; of a folder the hash of its files' sizes and of what is small."""
-    from weft.atomic import sha256_of
-
-    if path.is_file():
-        return {"name": path.name, "sha256": sha256_of(path)}
-    if not path.is_dir():
-        raise UsageError("these weights are not there", where=str(path), fix="check the path under weights")
-    files = sorted(each for each in path.rglob("*") if each.is_file())
-    return {"name": path.name, "sha256": fingerprint([each.name, sha256_of(each)] for each in files)}
+def _given(metric: Metric, context: Context) -> list[str]:
+    """The fields of `WeightsConfig` that its values depend on."""
+    return [*metric.needs, *(each for each in metric.uses if getattr(context.weights, each) is not None)]

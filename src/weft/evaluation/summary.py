@@ -208,7 +208,8 @@ def number(value: float) -> float | None:
 
 def rounded(value: float, metric: Metric) -> float | None:
     """As tables print it."""
-    return round(value * metric.scale, metric.digits) if math.isfinite(value) else None
+    # rounding leaves -0.0 of a distance between two sets that are the same
+    return round(value * metric.scale, metric.digits) + 0.0 if math.isfinite(value) else None
 
 
 def _light(found: Mapping[str, str]) -> dict[str, str]:

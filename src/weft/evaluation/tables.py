@@ -128,7 +128,7 @@ def _numbers(summary: Summary) -> Iterator[tuple[str, ...]]:
         for value, cell in metric["values"].items():
             interval = f"[{cell['low']:.4f}, {cell['high']:.4f}]" if "low" in cell else ""
             counts = tuple(str(cell.get(key, 0)) for key in ("unparsed", "by_rule", "default"))
-            mean = "-" if cell["value"] is None else f"{cell['value']:.4f}"
+            mean = "-" if cell["value"] is None else f"{cell['value']:z.4f}"
             marked = mean if metric["valid"] else f"{mean} (not valid)"
             yield (summary["task"]["name"], name, value, marked, interval, str(cell["n"]), *counts)
 
@@ -175,4 +175,4 @@ def _tex(text: str) -> str:
 
 
 def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:z.{digits}f}"

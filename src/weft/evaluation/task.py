@@ -55,7 +55,7 @@ class Sample:
         said = [[turn.role, *map(_plain, turn.parts)] for turn in self.prompt.turns]
         later = [list(map(_plain, parts)) for parts in self.then]
         text = json.dumps([said, later, list(self.options)], ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 class Place:
@@ -97,7 +97,7 @@ class Place:
     def lines(self, *names: str) -> Iterator[Any]:
         """The objects of a file of JSON lines."""
         file = self.file(*names)
-        with open(file, encoding="utf-8") as lines:
+        with open(file, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _parse(line, f"{file}, line {number}")
@@ -135,7 +135,7 @@ class Place:
 
 
 def read_json(file: Path) -> Any:
-    return _parse(file.read_text(encoding="utf-8"), str(file))
+    return _parse(file.read_text(encoding="utf-8-sig"), str(file))
 
 
 def _parse(text: str, where: str) -> Any:
@@ -149,6 +149,18 @@ def _plain(part: Part) -> list[str]:
     if isinstance(part, Text):
         return ["text", part.text]
     return ["image", part.path if part.data is None else part.sha256]  # type: ignore[list-item]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a variant changes in how answers are made, and what else its numbers depend on."""
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Over the task's."""
+    best_of: int = 1
+    """Answers of which the one is kept whose picture is most like its caption, by CLIP ViT-L/14."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """For the summary, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,8 @@ class Task:
     """Of `SamplingConfig`, by dotted paths: as the papers decode."""
     beams: Mapping[str, Any] | None = None
     """Of `BeamConfig`, where the papers search for a text."""
+    protocols: Mapping[str, Protocol] = field(default_factory=dict)
+    """Of the variants that differ in more than what `read` gives."""
 
 
 class TaskConfig(Config):

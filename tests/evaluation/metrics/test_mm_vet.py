@@ -42,7 +42,7 @@ def test_means_in_total_and_for_capabilities():
 
 def test_runs_have_a_mean_and_a_spread():
     runs = [mm_vet([Grade(value, False)], [["rec"]]) for value in (0.4, 0.6)]
-    assert over_runs(runs) == pytest.approx((50.0, 10.0))
+    assert over_runs(runs) == pytest.approx((0.5, 0.1))
 
 
 @pytest.mark.parametrize("needed", [[], ["smell"]])

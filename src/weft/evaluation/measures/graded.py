@@ -1,11 +1,11 @@
 """MM-Vet: a language model grades each answer against the known one, in steps of 0.1."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from weft.evaluation.judge import Question
 from weft.evaluation.metric import Answered, Context, Measured, Metric
-from weft.evaluation.metrics.mm_vet import CAPABILITIES, TRIES, read_grade
+from weft.evaluation.metrics.mm_vet import TRIES, Grade, MmVet, mm_vet, over_runs, read_grade
 from weft.evaluation.records import Record, Status
 
 SYSTEM = (
@@ -47,12 +47,15 @@ def aggregate(records: Sequence[Record]) -> dict[str, float]:
 
     Of several runs `deviation` is that of their totals, dividing by their number.
     """
-    found = {"total": [record.values["grade"] or 0.0 for record in records]}
-    for name in CAPABILITIES:
-        found[name] = [record.values["grade"] or 0.0 for record in records if name in record.extra["capabilities"]]
-    means = {name: statistics.fmean(values) for name, values in found.items() if values}
-    runs = [statistics.fmean(grades) for grades in zip(*(record.extra["runs"] for record in records), strict=True)]
-    return {**means, "deviation": statistics.pstdev(runs)} if len(runs) > 1 else means
+    needs = [record.extra["capabilities"] for record in records]
+
+    def graded(grades: Iterable[float]) -> MmVet:
+        return mm_vet([Grade(value, by_default=False) for value in grades], needs)
+
+    means = graded(record.values["grade"] or 0.0 for record in records)
+    found = {"total": means.total.value, **{name: each.value for name, each in means.capabilities.items()}}
+    runs = [graded(grades) for grades in zip(*(record.extra["runs"] for record in records), strict=True)]
+    return {**found, "deviation": over_runs(runs)[1]} if len(runs) > 1 else found
 
 
 METRICS = {

@@ -175,22 +175,31 @@ def _lpips(found: "list[Pair]", answer: Answered, context: Context) -> dict[str,
 # --- distances between sets ---
 
 
-def _features(variant: str) -> Any:
-    """Features of made and real pictures, kept in the records: the distance is made of those alone."""
+def _features(variant: str, *, against_file: bool = False) -> Any:
+    """Features of made and real pictures, kept in the records: the distance is made of those alone.
+
+    Args:
+        against_file: of the real ones, where a file is given for it, only their statistics, with the first sample.
+    """
 
     def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+        from weft.evaluation.measures import real
         from weft.evaluation.metrics.fid import features_of
         from weft.evaluation.metrics.inception import load_inception
 
         network = context.network("inception", load_inception)
+        is_kept = against_file and context.weights.real_statistics is not None
         for answer in answers:
             found = pairs(answer)
             wanted = len(answer.sample.reference["images"])
-            extra = {
+            sides = [("made", [a for a, _ in found]), *([] if is_kept else [("real", [b for _, b in found])])]
+            extra: dict[str, Any] = {
                 side: [_packed(row) for row in features_of(pictures, network, variant=variant, batch=context.batch)]
-                for side, pictures in (("made", [a for a, _ in found]), ("real", [b for _, b in found]))
+                for side, pictures in sides
                 if pictures
             }
+            if is_kept and answer.id == context.answers[0].id:
+                extra["statistics"] = real.pack(real.statistics_for(context, variant, network))
             yield Measured(answer.id, {"pictures": float(len(found)), "asked": float(wanted)}, extra=extra)
 
     return measure
@@ -210,16 +219,20 @@ def _unpacked(records: Sequence[Record], side: str) -> Any:
 
 def _fid(variant: str) -> Any:
     def aggregate(records: Sequence[Record]) -> dict[str, float]:
+        from weft.evaluation.measures import real
         from weft.evaluation.metrics.fid import frechet_distance, statistics
 
-        made, real = _unpacked(records, "made"), _unpacked(records, "real")
-        if min(len(made), len(real)) < 2:
+        made = _unpacked(records, "made")
+        kept = [record.extra["statistics"] for record in records if "statistics" in record.extra]
+        pictures = _unpacked(records, "real")
+        if len(made) < 2 or (len(pictures) < 2 and not kept):
             return {}
-        ours, theirs = (statistics(each, variant=variant) for each in (made, real))
+        ours = statistics(made, variant=variant)
+        theirs = real.unpack(kept[0]) if kept else statistics(pictures, variant=variant)
         return {
             "fid": frechet_distance(ours, theirs),
             "singular": float(ours.is_singular or theirs.is_singular),
-            **_sizes(made, real),
+            **_sizes(ours.n, theirs.n),
         }
 
     return aggregate
@@ -231,12 +244,12 @@ def _kid(records: Sequence[Record]) -> dict[str, float]:
     made, real = _unpacked(records, "made"), _unpacked(records, "real")
     if min(len(made), len(real)) < 2:
         return {}
-    return {"kid": kernel_distance(made, real).value, **_sizes(made, real)}
+    return {"kid": kernel_distance(made, real).value, **_sizes(len(made), len(real))}
 
 
-def _sizes(made: Any, real: Any) -> dict[str, float]:
+def _sizes(made: int, real: int) -> dict[str, float]:
     """Pictures of both sets, which a distance depends on."""
-    return {"made": float(len(made)), "real": float(len(real))}
+    return {"made": float(made), "real": float(real)}
 
 
 # --- detections and labels from files ---
@@ -323,11 +336,12 @@ def _fids() -> dict[str, Metric]:
     found = {
         f"fid/{variant}": Metric(
             f"Frechet distance of Inception features, pictures by way of {variant}",
-            _features(variant),
+            _features(variant, against_file=True),
             _fid(variant),
             intervals=False,
             lower_is_better=True,
             needs=("inception",),
+            uses=("real_statistics",),
         )
         for variant in FID_VARIANTS
     }

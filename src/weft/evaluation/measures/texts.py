@@ -15,11 +15,17 @@ from weft.evaluation.records import Record
 # --- captions ---
 
 
+Tokenise = Callable[[Sequence[str]], list[str]]
+
+
 def _captions(
-    score: Callable[[Sequence[str], Sequence[Sequence[str]]], Any], name: str, cut: Callable[[str], str]
+    score: Callable[[Sequence[str], Sequence[Sequence[str]]], Any],
+    name: str,
+    cut: Callable[[str], str] | None = None,
+    words: Tokenise | None = None,
 ) -> Any:
     def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
-        said, wanted = _tokenised(answers, cut)
+        said, wanted = _tokenised(answers, cut or _whole, words or tokenise)
         for answer, value, text in zip(answers, score(said, wanted).per_sample, said, strict=True):
             yield Measured(answer.id, {name: value}, text)
 
@@ -31,13 +37,13 @@ def _whole(text: str) -> str:
 
 
 def _tokenised(
-    answers: Sequence[Answered], cut: Callable[[str], str] = _whole
+    answers: Sequence[Answered], cut: Callable[[str], str], words: Tokenise
 ) -> tuple[list[str], list[tuple[str, ...]]]:
     """Words of what was said and of each sample's captions."""
     groups = [answer.sample.reference["captions"] for answer in answers]
-    words = iter(tokenise(list(itertools.chain.from_iterable(groups))))
-    wanted = [tuple(itertools.islice(words, len(group))) for group in groups]
-    return tokenise([cut(answer.text) for answer in answers]), wanted
+    each = iter(words(list(itertools.chain.from_iterable(groups))))
+    wanted = [tuple(itertools.islice(each, len(group))) for group in groups]
+    return words([cut(answer.text) for answer in answers]), wanted
 
 
 def tokenise(texts: Sequence[str]) -> list[str]:
@@ -63,11 +69,19 @@ def _first_sentence(text: str) -> str:
     return text.split(".")[0]
 
 
-def _bleu(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
-    for answer, text, wanted in zip(answers, *_tokenised(answers), strict=True):
-        counts = Overlap.of(text, wanted)
-        values = {f"bleu_{n}": value for n, value in enumerate(counts.bleu(), 1)}
-        yield Measured(answer.id, values, text, extra={"counts": _counts(counts)})
+def _by_blanks(texts: Sequence[str]) -> list[str]:
+    """For captions whose words were parted by something else before."""
+    return [captions.TOKENIZERS["blanks"](text) for text in texts]
+
+
+def _bleu(words: Tokenise) -> Any:
+    def measure(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
+        for answer, text, wanted in zip(answers, *_tokenised(answers, _whole, words), strict=True):
+            counts = Overlap.of(text, wanted)
+            values = {f"bleu_{n}": value for n, value in enumerate(counts.bleu(), 1)}
+            yield Measured(answer.id, values, text, extra={"counts": _counts(counts)})
+
+    return measure
 
 
 def _counts(overlap: Overlap) -> list[int]:
@@ -86,7 +100,7 @@ CORPUS_BLEU = Sums(lambda record: record.extra["counts"], _bleu_of)
 
 def _meteor(answers: Sequence[Answered], context: Context) -> Iterator[Measured]:
     """All at once: the program takes seconds to start."""
-    said, wanted = _tokenised(answers)
+    said, wanted = _tokenised(answers, _whole, tokenise)
     for answer, text, counts in zip(answers, said, java.meteor_counts(said, wanted), strict=True):
         yield Measured(answer.id, {"meteor": java.meteor_score(counts)}, text, extra={"counts": counts})
 
@@ -128,6 +142,8 @@ def _scores(answer: Answered) -> Sequence[float]:
             where="predictions.jsonl",
             fix='give "scores": one number for each option, in order',
         )
+    if any(map(math.isnan, found)):
+        raise UsageError(f"a score of {answer.id} is not a number", where="predictions.jsonl", fix="look at the model")
     return found
 
 
@@ -194,28 +210,12 @@ def _pope_columns(record: Record) -> list[float]:
 
 def _pope_of(sums: Sequence[float]) -> dict[str, float]:
     """Each split's figures under its own name, and their means; of one split alone its figures, of two no means."""
-    found: dict[str, float] = {}
-    figures: dict[str, list[float]] = {}
-    for i, split in enumerate(yes_no.POPE_SPLITS):
-        tp, fp, tn, fn = sums[4 * i : 4 * i + 4]
-        n = tp + fp + tn + fn
-        if not n:
-            continue
-        precision, recall = tp / (tp + fp) if tp + fp else 0.0, tp / (tp + fn) if tp + fn else 0.0
-        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-        values = {
-            "accuracy": (tp + tn) / n,
-            "precision": precision,
-            "recall": recall,
-            "f1": f1,
-            "yes_ratio": (tp + fp) / n,
-        }
-        for name, value in values.items():
-            figures.setdefault(name, []).append(value)
-            found[f"{split}_{name}"] = value
-    splits = len(figures.get("accuracy", ()))
-    mean = {name: math.fsum(values) / len(values) for name, values in figures.items()}
-    return mean if splits == 1 else {**mean, **found} if splits == len(yes_no.POPE_SPLITS) else found
+    counts = {split: sums[4 * i : 4 * i + 4] for i, split in enumerate(yes_no.POPE_SPLITS)}
+    splits = {split: yes_no.pope_figures(*four) for split, four in counts.items() if sum(four)}
+    if len(splits) == 1:
+        return next(iter(splits.values()))
+    named = {f"{split}_{name}": value for split, figures in splits.items() for name, value in figures.items()}
+    return {**yes_no.pope_mean(splits), **named} if len(splits) == len(counts) else named
 
 
 def _mme(answer: Answered, context: Context) -> Measured:
@@ -235,18 +235,17 @@ def mme(records: Sequence[Record]) -> dict[str, float]:
     for record in records:
         hits = pictures.setdefault(record.extra["task"], {}).setdefault(record.unit, [])
         hits.append(record.values["accuracy"] or 0.0)
-    found = {}
-    for task, of_task in pictures.items():
-        hits = [hit for pair in of_task.values() for hit in pair]
-        if any(len(pair) != 2 for pair in of_task.values()):
-            continue
-        both = [min(pair) for pair in of_task.values()]
-        found[task] = 100 * math.fsum(hits) / len(hits) + 100 * math.fsum(both) / len(both)
-    sums = {}
-    for name, tasks in (("perception", yes_no.PERCEPTION), ("cognition", yes_no.COGNITION)):
-        if set(tasks) <= set(found):
-            sums[name] = math.fsum(found[task] for task in tasks)
-    return {**sums, **found}
+    whole = {
+        task: yes_no.MmeTask.of(list(of_task.values()))
+        for task, of_task in pictures.items()
+        if all(len(pair) == 2 for pair in of_task.values())
+    }
+    all_tasks = yes_no.Mme(whole)
+    sums = {"perception": all_tasks.perception, "cognition": all_tasks.cognition}
+    return {
+        **{name: value for name, value in sums.items() if value is not None},
+        **{task: each.score for task, each in whole.items()},
+    }
 
 
 # --- choices ---
@@ -257,22 +256,28 @@ def _circular(answer: Answered, context: Context) -> Measured:
     letter = choices.infer_letter(answer.text, reference["options"])
     status = {"accuracy": "default"} if letter is None else {}
     values = {"accuracy": float(letter == reference["answer"])}
-    index = {"index": reference["index"]}
-    return Measured(answer.id, values, letter or "", status, index)  # type: ignore[arg-type]
+    row = {"index": reference["index"], "rotations": reference["rotations"]}
+    return Measured(answer.id, values, letter or "", status, row)  # type: ignore[arg-type]
 
 
 def circular(records: Sequence[Record]) -> dict[str, float]:
-    """Right under every rotation; over all rows; over the rows as they are printed."""
+    """Right under every rotation; over all rows; over the rows as they are printed.
+
+    Of a question that lacks a rotation, as in a subset, nothing says that it is right.
+    """
     questions: dict[str | None, list[float]] = {}
+    rotations: dict[str | None, int] = {}
     rows, first = [], []
     for record in records:
         hit = record.values["accuracy"] or 0.0
         questions.setdefault(record.unit, []).append(hit)
+        rotations[record.unit] = record.extra["rotations"]
         rows.append(hit)
         if record.extra["index"] < choices.ROTATIONS:
             first.append(hit)
-    found = {"circular": means_of([min(hits) for hits in questions.values()]), "rows": means_of(rows)}
-    return {**found, "first": means_of(first)} if first else found
+    whole = [min(hits) for name, hits in questions.items() if len(hits) == rotations[name]]
+    found = {"circular": whole, "rows": rows, "first": first}
+    return {name: means_of(values) for name, values in found.items() if values}
 
 
 def means_of(values: Sequence[float]) -> float:
@@ -308,21 +313,28 @@ def _metric(about: str, measure: Any, **more: Any) -> Metric:
 
 METRICS = {
     "cider-d/ptb": _metric(
-        "CIDEr-D, document frequencies of these references", _captions(captions.cider_d, "cider_d", _whole), whole=True
+        "CIDEr-D, document frequencies of these references", _captions(captions.cider_d, "cider_d"), whole=True
     ),
     "cider-d/ptb-first-sentence": _metric(
         "CIDEr-D of what stands before the first full stop",
         _captions(captions.cider_d, "cider_d", _first_sentence),
         whole=True,
     ),
-    "bleu/ptb": _metric("BLEU-1 to BLEU-4 of the corpus", _bleu, aggregate=CORPUS_BLEU, whole=True),
-    "rouge-l/ptb": _metric("ROUGE-L", _captions(captions.rouge_l, "rouge_l", _whole), whole=True),
+    "bleu/ptb": _metric("BLEU-1 to BLEU-4 of the corpus", _bleu(tokenise), aggregate=CORPUS_BLEU, whole=True),
+    "rouge-l/ptb": _metric("ROUGE-L", _captions(captions.rouge_l, "rouge_l"), whole=True),
+    "cider-d/blanks": _metric(
+        "CIDEr-D of words between blanks as they are: of captions that are tokenised already",
+        _captions(captions.cider_d, "cider_d", words=_by_blanks),
+        whole=True,
+    ),
+    "bleu/blanks": _metric("BLEU of words between blanks", _bleu(_by_blanks), aggregate=CORPUS_BLEU),
+    "rouge-l/blanks": _metric(
+        "ROUGE-L of words between blanks", _captions(captions.rouge_l, "rouge_l", words=_by_blanks)
+    ),
     "meteor/1.5-ptb": _metric(
         "METEOR of the corpus; needs Java", _meteor, aggregate=CORPUS_METEOR, lacks=java.meteor_lacks, whole=True
     ),
-    "spice/1.0-ptb": _metric(
-        "SPICE; needs Java", _captions(java.spice, "spice", _whole), lacks=java.spice_lacks, whole=True
-    ),
+    "spice/1.0-ptb": _metric("SPICE; needs Java", _captions(java.spice, "spice"), lacks=java.spice_lacks, whole=True),
     "vqa/v2": _metric("VQAv2 accuracy", _vqa(_v2, "whole")),
     "vqa/v2-mm-interleaved": _metric("VQAv2 accuracy of what is cut out of the answer", _vqa(_v2, "mm-interleaved")),
     "vqa/vizwiz": _metric("VizWiz accuracy", _vqa(_vizwiz, "whole")),

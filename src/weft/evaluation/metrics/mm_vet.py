@@ -90,6 +90,6 @@ def mm_vet(grades: Sequence[Grade], capabilities: Sequence[Sequence[str]]) -> Mm
 
 
 def over_runs(runs: Sequence[MmVet]) -> tuple[float, float]:
-    """Mean and standard deviation (of the runs themselves, dividing by n) of the total points."""
-    totals = [100 * run.total.value for run in runs]
+    """Mean and standard deviation (of the runs themselves, dividing by n) of the total grades."""
+    totals = [run.total.value for run in runs]
     return statistics.fmean(totals), statistics.pstdev(totals)

@@ -27,9 +27,22 @@ def read_pope(reply: str) -> YesNo:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
+def pope_figures(true_yes: float, false_yes: float, true_no: float, false_no: float) -> dict[str, float]:
+    """Of one split, from how many answers were what; `yes` is the positive class. A share of nothing is 0."""
+    n = true_yes + false_yes + true_no + false_no
+    precision, recall = _share(true_yes, true_yes + false_yes), _share(true_yes, true_yes + false_no)
+    return {
+        "accuracy": _share(true_yes + true_no, n),
+        "precision": precision,
+        "recall": recall,
+        "f1": _share(2 * precision * recall, precision + recall),
+        "yes_ratio": _share(true_yes + false_yes, n),
+    }
+
+
 @dataclass(frozen=True)
 class Pope:
-    """Of one split; `yes` is the positive class. A share of nothing is 0."""
+    """Of one split."""
 
     true_yes: int
     false_yes: int
@@ -38,21 +51,8 @@ class Pope:
     accuracy: Scores
 
     @property
-    def precision(self) -> float:
-        return _share(self.true_yes, self.true_yes + self.false_yes)
-
-    @property
-    def recall(self) -> float:
-        return _share(self.true_yes, self.true_yes + self.false_no)
-
-    @property
-    def f1(self) -> float:
-        return _share(2 * self.precision * self.recall, self.precision + self.recall)
-
-    @property
-    def yes_ratio(self) -> float:
-        """Share of the replies that say yes."""
-        return _share(self.true_yes + self.false_yes, len(self.accuracy.per_sample))
+    def figures(self) -> dict[str, float]:
+        return pope_figures(self.true_yes, self.false_yes, self.true_no, self.false_no)
 
 
 def pope(replies: Sequence[str], labels: Sequence[str]) -> Pope:
@@ -68,18 +68,15 @@ def pope(replies: Sequence[str], labels: Sequence[str]) -> Pope:
     )
 
 
-def pope_mean(splits: Mapping[str, Pope]) -> dict[str, float]:
-    """Means over the three splits of accuracy, precision, recall, F1 and share of yes."""
+def pope_mean(splits: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over the three splits of their figures."""
     if set(splits) != set(POPE_SPLITS):
         raise UsageError(
             f"POPE is the mean of {', '.join(POPE_SPLITS)}, not of {', '.join(splits) or 'nothing'}",
             where="pope_mean",
             fix="score the three splits, or report each by its own name",
         )
-    figures = {"accuracy": [p.accuracy.value for p in splits.values()]} | {
-        name: [getattr(p, name) for p in splits.values()] for name in ("precision", "recall", "f1", "yes_ratio")
-    }
-    return {name: sum(values) / len(values) for name, values in figures.items()}
+    return {name: sum(each[name] for each in splits.values()) / len(splits) for name in splits[POPE_SPLITS[0]]}
 
 
 def read_mme(reply: str) -> Literal["yes", "no", "other"]:
@@ -107,6 +104,16 @@ class MmeTask:
     @property
     def score(self) -> float:
         return 100 * self.accuracy.value + 100 * self.both.value
+
+    @classmethod
+    def of(cls, pictures: Sequence[Sequence[float]], other: int = 0) -> "MmeTask":
+        """
+        Args:
+            pictures: of each its two questions, 1 where the answer is right.
+        """
+        return cls(
+            mean_of([hit for pair in pictures for hit in pair]), mean_of([min(pair) for pair in pictures]), other
+        )
 
 
 @dataclass(frozen=True)
@@ -150,10 +157,8 @@ def mme(replies: Sequence[str], questions: Sequence[MmeQuestion]) -> Mme:
                     f"picture {image!r} has {len(pairs)} questions instead of two", where=f"mme, {task}",
                     fix="score whole tasks: half of the score is over pictures",
                 )  # fmt: skip
-        hits = [[float(said == answer) for said, answer in pairs] for pairs in pictures.values()]
-        tasks[task] = MmeTask(
-            accuracy=mean_of([hit for pair in hits for hit in pair]),
-            both=mean_of([min(pair) for pair in hits]),
+        tasks[task] = MmeTask.of(
+            [[float(said == answer) for said, answer in pairs] for pairs in pictures.values()],
             other=sum(said == "other" for pairs in pictures.values() for said, _ in pairs),
         )
     return Mme(MappingProxyType(tasks))

@@ -29,24 +29,31 @@ _MARK = re.compile(r"<image (\d)>")
 def read_mmbench(place: Place) -> Iterator[Sample]:
     file = place.file(f"mmbench_{place.split}_en.tsv", f"MMBench_{place.split.upper()}_EN.tsv")
     csv.field_size_limit(sys.maxsize)
-    with open(file, encoding="utf-8", newline="") as lines:
+    with open(file, encoding="utf-8-sig", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))
     encoded = {row["index"]: row["image"] for row in rows}
     for row in rows:
         texts = [row[letter] for letter in LETTERS[:4] if row.get(letter)]
         # a picture that was shown before is named by the row that holds it
         image = encoded.get(row["image"], row["image"])
-        for turn in range(len(texts) if place.variant == "circular" else 1):
-            yield _rotation(row, texts, turn, Image(base64.b64decode(image)))
+        turns = len(texts) if place.variant == "circular" else 1
+        if required(row, "answer", str(file)) not in LETTERS[: len(texts)] or not row["answer"]:
+            raise EvaluationError(
+                f"question {row['index']} has the answer {row['answer']!r}, of {len(texts)} options",
+                where=str(file),
+                fix="score a split whose answers are released",
+            )
+        for turn in range(turns):
+            yield _rotation(row, texts, turn, turns, Image(base64.b64decode(image)))
 
 
-def _rotation(row: Mapping[str, str], texts: Sequence[str], turn: int, image: Image) -> Sample:
+def _rotation(row: Mapping[str, str], texts: Sequence[str], turn: int, turns: int, image: Image) -> Sample:
     options = {LETTERS[i]: texts[(i + turn) % len(texts)] for i in range(len(texts))}
     answer = LETTERS[(LETTERS.index(row["answer"]) - turn) % len(texts)]
     lines = [row.get("hint") or "", row["question"], *(f"{key}. {text}" for key, text in options.items()), ASK]
     index = int(row["index"]) + turn * ROTATIONS
     prompt = Document((user(image, "\n".join(line for line in lines if line)),), id=str(index))
-    reference = {"index": index, "options": options, "answer": answer}
+    reference = {"index": index, "options": options, "answer": answer, "rotations": turns}
     return Sample(str(index), prompt, reference, facets={"category": row.get("category", "")}, unit=row["index"])
 
 
