@@ -49,11 +49,12 @@ def running(
     context: int | None = None,
     keys: Sequence[str] = (),
     limits: Limits | None = None,
+    public_url: str = "",
 ) -> Iterator[Running]:
     """Serve models by their names until the block ends."""
     limits = limits or Limits()
     scheduler = Scheduler(models, slots=slots, context=context, queue=limits.queue, queue_seconds=limits.queue_seconds)
-    app = create_app(scheduler, [Served(name) for name in models], keys=keys, limits=limits)
+    app = create_app(scheduler, [Served(name) for name in models], keys=keys, limits=limits, public_url=public_url)
     server = server_of(app, scheduler, ServeConfig(port=0, slots=slots, limits=limits))
     socket = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)

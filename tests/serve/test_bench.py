@@ -16,15 +16,13 @@ from weft.errors import WeftError
 from weft.serve.bench import Client, Lost, Question, Size, client, load, measure, percentile, serving, twins
 from weft.serve.limits import Limits
 
-# until they are known not to mind a busy machine: what they measure is time
-pytestmark = pytest.mark.slow
-
 SMALL = Size(alone=2, ramp=0.2, window=3.0, asked=8, callers=4, pictures=1)
 BRIEF = Limits(queue=28, answer_text_tokens=4)
 """The untrained model rarely ends by itself."""
 KEYS = ["throughput_32_over_1", "overload_keep", "reject_p99_ms", "mixed_up", "lost", "rss_growth"]
 
 
+@pytest.mark.slow
 def test_all_figures_of_a_server():
     said = []
     with running({"nano": load_backbone("nano")}, slots=8, limits=BRIEF) as server:

@@ -20,9 +20,6 @@ from tests.serve.test_load import Question
 from weft.serve.limits import Limits
 from weft.serve.run import _Readers
 
-# until they are known not to mind a busy machine: what they measure is time
-pytestmark = pytest.mark.slow
-
 
 class Held(NonceBackbone):
     """A model that stops in its n-th forward until it is let go, and counts those after it."""

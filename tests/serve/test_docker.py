@@ -20,8 +20,9 @@ from weft.cli import main
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -80,6 +81,12 @@ def test_what_it_copies_exists_and_is_all_that_is_sent_to_it():
     assert lines[0] == "*"
     assert sorted(line[1:] for line in lines if line[0] == "!") == sorted(copied())
     assert not any(re.search(r"key|secret|token|\.env", path, re.IGNORECASE) for path in copied())
+
+
+def test_an_image_can_be_built_from_the_source_that_is_published():
+    published = set(PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
+    always = {"pyproject.toml", *PROJECT["project"]["license-files"]}
+    assert {"Dockerfile", ".dockerignore", *copied()} <= published | always
 
 
 def test_torch_is_installed_as_the_makefile_does(tmp_path):

@@ -1,10 +1,13 @@
 """Pictures by address: unguessable, their owner's, for a while, in bounded room."""
 
+import re
+
 import pytest
 
 from tests.serve.nonce import NonceBackbone, Shown, ask, new_nonce, read_picture
 from tests.serve.running import running
 from weft.serve.files import ID_BYTES, Files, Own, address, is_address
+from weft.serve.run import ServeConfig
 
 
 class Clock:
@@ -114,3 +117,24 @@ def test_no_trick_with_a_path_finds_anything(shared, trick):
         assert reply.status_code in (404, 405), reply.request.url
         assert b"PNG" not in reply.content
         assert b"root:" not in reply.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_address_may_name_where_others_reach_it(stream):
+    """And is known again when it comes back."""
+    with running({"nonce": NonceBackbone()}, public_url="https://weft.example:8443") as server, server.http() as http:
+        asked = {"model": "nonce", "input": ask(new_nonce(), "p"), "image_delivery": "url", "stream": stream}
+        answer = http.post("/v1/responses", json=asked).text
+        found = re.findall(r"https://weft\.example:8443(/v1/files/[\w-]{32}/content)", answer)
+        assert found
+        picture = http.get(found[0])
+        assert picture.headers["content-type"] == "image/png"
+        shown = {"type": "input_image", "image_url": f"https://weft.example:8443{found[0]}"}
+        again = {"model": "nonce", "input": [{"role": "user", "content": [shown]}]}
+        assert http.post("/v1/responses", json=again).status_code == 200
+
+
+@pytest.mark.parametrize("wrong", ["weft.example", "https://a/b", "ftp://a", "https://a b", "javascript:1"])
+def test_what_is_no_such_place_is_refused(wrong):
+    with pytest.raises(ValueError, match="public_url"):
+        ServeConfig(public_url=wrong)

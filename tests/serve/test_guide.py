@@ -1,8 +1,10 @@
 """What the guide to serving says in tables is what there is. Its examples are run by `tests/test_docs.py`."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
+from weft.serve.bench import Figures
 from weft.serve.limits import Limits
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "serving.md").read_text()
@@ -20,10 +22,14 @@ def names(cell: str) -> list[str]:
 
 def test_every_limit_stands_there_with_its_default():
     said = {names(name)[0]: default for name, default, _ in rows("limit ")}
-    assert list(said) == list(Limits.model_fields)
+    assert list(said) == list(Limits.model_fields) and len(said) == len(rows("limit "))
     for name, value in Limits():
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         assert said[name] == ("four for each slot" if value is None else shown)
+
+
+def test_every_figure_of_the_bench_stands_there():
+    assert [names(name)[0] for name, _ in rows("figure ")] == [field.name for field in fields(Figures)]
 
 
 def test_every_address_stands_there(nano_server):

@@ -19,9 +19,6 @@ from weft.serve import scheduler
 from weft.serve.bench import health, percentile, serving
 from weft.serve.limits import Limits
 
-# until they are known not to mind a busy machine: what they measure is time
-pytestmark = pytest.mark.slow
-
 
 @dataclass(frozen=True)
 class Question:

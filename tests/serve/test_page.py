@@ -16,16 +16,16 @@ from PIL import Image as PILImage
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from weft.document import Image, Text
+from weft.document import Image, Text, Turn
 from weft.errors import ImageError, UsageError
 from weft.generation import Usage
 from weft.images import encode_png
 from weft.serve.app import Served, create_app
-from weft.serve.conversation import GALLERY, Conversation, make_room, marked, ordered
+from weft.serve.conversation import GALLERY, Conversation, captions, make_room, marked, ordered
 from weft.serve.door import COOKIE, HEADERS, Door, Visitors
 from weft.serve.guard import Callers, NoKey
 from weft.serve.limits import Limits
-from weft.serve.page import Tab, _inert, _messages, _ticking, mount_page
+from weft.serve.page import Tab, _inert, _messages, _seed_of, _ticking, mount_page
 from weft.serve.parts import End, Picture, PictureBegin, TextEnd, TextPiece, pieces
 
 KEY = "open sesame"
@@ -134,6 +134,24 @@ def test_a_conversation_is_taken_away_as_markdown_with_pictures_and_as_one_page(
     assert "<script>" not in html and "&lt;script&gt;" in html and html.count("data:image/png") == 2
 
 
+@pytest.mark.parametrize(
+    ("role", "parts", "is_whole", "said"),
+    [
+        ("assistant", "a cat.|P|night\nfalls.|P", True, ["Picture 1 of 2: a cat.", "Picture 2 of 2: night falls."]),
+        ("assistant", "a cat.|P|P|end", False, ["Picture 1: a cat.", "Picture 2"]),
+        ("assistant", "P", True, ["Picture 1: draw"]),
+        ("assistant", "P|P", True, ["Picture 1 of 2: draw", "Picture 2 of 2: draw"]),
+        ("assistant", "P|this is it", True, ["Picture 1"]),
+        ("user", "P|draw|P", False, ["Your picture 1 of 2", "Your picture 2 of 2"]),
+        ("assistant", "a " * 200 + "|P", True, ["Picture 1: " + "a " * 79 + "…"]),
+        ("assistant", "no picture", True, []),
+    ],
+)
+def test_who_cannot_see_a_picture_is_told_which_it_is_and_what_is_said_of_it(role, parts, is_whole, said):
+    turn = Turn(role, tuple(Image(path="x.png") if part == "P" else Text(part) for part in parts.split("|")))
+    assert list(captions(turn, "draw", is_whole=is_whole)) == said
+
+
 def test_the_oldest_files_make_room_and_the_gallery_stays(tmp_path):
     for number, name in enumerate(["a", "b", "c", GALLERY]):
         (tmp_path / name).mkdir()
@@ -157,10 +175,26 @@ def test_what_is_being_painted_is_said_and_markup_is_inert(tmp_path):
     assert aside["metadata"] == {"title": "Painting picture 1 · 0 s", "status": "pending"}
     assert "<img" not in answer["content"][0]["text"]
     tab.talk.add(Picture(1, png()))
-    assert [list(part) for part in _messages(tab)[-1]["content"]] == [["type", "text"], ["path", "alt_text"]]
+    _, picture = _messages(tab)[-1]["content"]
+    assert picture["value"]["path"].startswith(str(tmp_path))
+    assert picture["props"] == {"alt_text": 'Picture 1: <img src="//elsewhere">'}
+    assert _messages(tab)[0]["content"] == [{"type": "text", "text": "draw"}]
     for plain in ("a < b & c", "1 <2", "x && y"):
         assert _inert(plain).replace("\u2060", "") == plain
     assert _inert("a < b & c") == "a < b & c"
+
+
+@pytest.mark.parametrize(
+    ("typed", "seed"), [("", None), (" ", None), ("0", 0), (" 07 ", 7), (str(2**53 - 1), 2**53 - 1)]
+)
+def test_no_seed_is_any_seed(typed, seed):
+    assert _seed_of(typed) == seed
+
+
+@pytest.mark.parametrize("typed", ["-1", "1.5", "x", "٣", str(2**53), "9" * 5000])
+def test_what_is_no_seed_is_refused(typed):
+    with pytest.raises(UsageError, match="no seed"):
+        _seed_of(typed)
 
 
 def test_halting_ends_the_source_at_once():
@@ -302,7 +336,12 @@ def page_server(monkeypatch):
     def with_page(scheduler, models, *, keys, limits):
         app, callers = create_app(scheduler, models, keys=keys, limits=limits), Callers(keys, limits)
         if not isinstance(app.router.default, Door):
-            answers = lambda owner, model, document, config: pieces(scheduler.answer(model, document, config))  # noqa: E731
+            app.state.seeds = []
+
+            def answers(owner, model, document, config):
+                app.state.seeds.append(config.seed)
+                return pieces(scheduler.answer(model, document, config))
+
             mount_page(app, models, limits, callers, answers)
         return app
 
@@ -344,6 +383,11 @@ def kinds(page, who="bot"):
     )
 
 
+def names(page, who="bot"):
+    """Of its pictures, as whoever cannot see them is told."""
+    return page.eval_on_selector_all(f"#talk [data-testid={who}] img", "all => all.map(each => each.alt)")
+
+
 def ask(page, text):
     page.fill("#ask textarea", text)
     page.keyboard.press("Enter")
@@ -364,9 +408,16 @@ def test_a_browser_asks_watches_brings_pictures_changes_its_question_and_takes_i
     with page_server() as server, browser() as (page, seen):
         page.goto(server.url)
         page.wait_for_selector("#ask textarea")
-        page.locator("#talk button.example", has_text="Draw:").click()
+        # past the list of models, which closes behind it
+        page.focus("#model input")
+        page.wait_for_selector("#model ul")
+        page.keyboard.press("Tab")
+        page.locator("#talk button.example", has_text="Draw:").press("Enter")
         wait_for_answer(page)
+        assert not page.is_visible("#model ul")
         assert (kinds(page, "user"), kinds(page)) == (["text"], ["picture"])
+        (name,) = names(page)
+        assert name.startswith("Picture 1: a big red cat on the left and a small blue house")
 
         # by keyboard: another model, a question, its answer in order
         page.fill("#model input", "nonce")
@@ -383,6 +434,8 @@ def test_a_browser_asks_watches_brings_pictures_changes_its_question_and_takes_i
         for each in shown:
             written = [kind for kind in each if kind != "doing"]
             assert written == final[: len(written)] and each[: len(written)] == written
+        one, two, three = names(page)
+        assert one.startswith("Picture 1 of 3: ") and two.startswith("Picture 2 of 3: ") and three == "Picture 3 of 3"
 
         # one's own pictures, one of them within the text
         page.click("#fresh")
@@ -394,6 +447,7 @@ def test_a_browser_asks_watches_brings_pictures_changes_its_question_and_takes_i
         ask(page, "nonce=0123456789abcdef plan=tp [2] behind")
         wait_for_answer(page)
         assert kinds(page, "user") == ["picture", "text", "picture", "text"] and kinds(page) == ["text", "picture"]
+        assert names(page, "user") == ["Your picture 1 of 2", "Your picture 2 of 2"]
 
         # the question again, in other words
         page.click("#edit")
@@ -413,6 +467,18 @@ def test_a_browser_asks_watches_brings_pictures_changes_its_question_and_takes_i
         with page.expect_download() as download:
             page.click("#as_html")
         assert download.value.path().read_text().count("data:image/png") == 2
+
+        # a seed that is typed is the one; before, each had its own
+        assert len(set(server.app.state.seeds)) == len(server.app.state.seeds) == 4
+        page.click("#settings .label-wrap")
+        page.fill("#seed :is(input, textarea)", "7")
+        ask(page, "nonce=0123456789abcdef plan=t")
+        page.wait_for_selector("#talk >> text=plan=t")
+        wait_for_answer(page)
+        assert server.app.state.seeds[4:] == [7]
+        page.fill("#seed :is(input, textarea)", "x")
+        ask(page, "again")
+        page.wait_for_selector("#talk >> text=this is no seed")
         nothing_else(seen, server.url)
 
 

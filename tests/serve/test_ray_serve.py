@@ -77,9 +77,13 @@ def test_without_ray_serve_the_extra_is_named(monkeypatch):
 # --- a cluster ------------------------------------------------------------------------------------------------------
 
 
+def start(**settings):
+    serve.run(build(ReplicasConfig(model="nano", slots=SLOTS, **settings)), name=NAME)
+
+
 @pytest.fixture(scope="module")
-def cluster():
-    """The address of two replicas."""
+def alone():
+    """The address of a cluster, with one replica."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,12 +96,19 @@ def cluster():
         )
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            config = ReplicasConfig(model="nano", replicas=2, slots=SLOTS, insecure=True)
-            serve.run(build(config), name=NAME)
+            start(insecure=True)
             yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()
             ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(alone):
+    """The same with two."""
+    start(insecure=True, replicas=2)
+    until(lambda: len(replicas()) == 2)
+    return alone
 
 
 def client(url):
@@ -145,9 +156,8 @@ def answered(url):
 LONG = {"seed": 5, "min_images": 2, "max_images": 2}
 
 
-@pytest.mark.slow
-def test_the_stock_client_reads_every_shape(cluster):
-    to = client(cluster)
+def test_the_stock_client_reads_every_shape(alone):
+    to = client(alone)
     asked = {"model": "nano", "extra_body": LONG, "temperature": 1}
     whole = to.responses.create(input=BLOCKED, max_output_tokens=80, **asked)
     assert [item.type for item in whole.output].count("image_generation_call") == 2
@@ -335,7 +345,7 @@ def test_a_replica_whose_models_fail_is_replaced(cluster):
 def test_keys_are_asked_for_and_pictures_are_their_owners(cluster, tmp_path):
     file = tmp_path / "keys.txt"
     file.write_text("one\ntwo\n")
-    serve.run(build(ReplicasConfig(model="nano", replicas=2, slots=SLOTS, key_file=file)), name=NAME)
+    start(replicas=2, key_file=file)
     asked = {"model": "nano", "prompt": "a", "response_format": "url"}
     with http(cluster) as to:
         assert to.get("/v1/models").status_code == 401

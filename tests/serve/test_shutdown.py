@@ -15,9 +15,6 @@ from tests.serve.test_disconnect import metric
 from tests.serve.test_load import Question
 from weft.serve.limits import Limits
 
-# until they are known not to mind a busy machine: what they measure is time
-pytestmark = pytest.mark.slow
-
 
 class Asked:
     """A question that is being answered to a thread of its own."""

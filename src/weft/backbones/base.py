@@ -414,7 +414,7 @@ def _elements(backbone: Backbone, document: Document) -> Iterator[tuple[Elements
     """
     learnt = [_is_learnt(turn) for turn in document.turns for part in turn.parts if isinstance(part, Image)]
     found: dict[int, tuple[Elements, Pixels | None]] = {}
-    together: dict[int, "PILImage.Image"] = {}
+    together: dict[int, PILImage.Image] = {}
 
     def encode(*, generated: bool) -> None:
         if together:

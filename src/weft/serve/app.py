@@ -41,8 +41,8 @@ STATUS: Mapping[type[WeftError], int] = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": what}
     for status, what in (
-        (400, "cannot be answered"), (401, "no key"), (404, "no such thing"), (413, "too large"),
-        (429, "too many requests"), (503, "shutting down, or no slot in time"),
+        (400, "cannot be answered"), (401, "no key"), (404, "no such thing"), (408, "did not arrive in time"),
+        (413, "too large"), (429, "too many requests"), (503, "shutting down, or no slot in time"),
     )
 }  # fmt: skip
 

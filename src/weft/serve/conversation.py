@@ -6,6 +6,7 @@ import io
 import itertools
 import re
 import secrets
+import textwrap
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ _MARK = re.compile(r"\[([1-9][0-9]?)\]")
 _SPEAKERS = {"user": "You", "assistant": "Answer", "system": "System"}
 GALLERY = "gallery"
 """The folder of what is shown to everybody, and stays."""
+_CAPTION_CHARACTERS = 160
+"""Of what is said of a picture."""
 _SHARP_BELOW = 256
 """Pictures with both sides shorter are shown in sharp squares: the name of their folder says so."""
 
@@ -180,6 +183,28 @@ def marked(parts: Sequence[Part]) -> tuple[str, list[str]]:
     numbers = itertools.count(first + 1)
     text = " ".join(part.text if isinstance(part, Text) else f"[{next(numbers)}]" for part in parts[first:])
     return text, pictures
+
+
+def captions(turn: Turn, asked: str, *, is_whole: bool) -> Iterator[str]:
+    """For who cannot see the pictures of a turn: which one each is, and what an answer says right before it.
+
+    Args:
+        asked: text of the question, which stands for what an answer without a word does not say.
+        is_whole: no more pictures come.
+    """
+    total, is_answer = sum(isinstance(part, Image) for part in turn.parts), turn.role == "assistant"
+    name = "Picture" if is_answer else "Your picture"
+    of_all = f" of {total}" if total > 1 and (is_whole or not is_answer) else ""
+    unsaid = asked if total == len(turn.parts) else ""
+    number, said = 0, unsaid
+    for part in turn.parts:
+        if isinstance(part, Text):
+            said = part.text
+            continue
+        number += 1
+        words = textwrap.shorten(said, _CAPTION_CHARACTERS, placeholder=" …") if is_answer else ""
+        yield f"{name} {number}{of_all}" + (f": {words}" if words else "")
+        said = unsaid
 
 
 def to_zip(document: Document) -> bytes:

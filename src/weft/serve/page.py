@@ -13,7 +13,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 
 from weft.document import Document, Part, Text
-from weft.errors import WeftError
+from weft.errors import UsageError, WeftError
 from weft.generation import SamplingConfig
-from weft.serve.conversation import GALLERY, Conversation, make_room
+from weft.serve.conversation import GALLERY, Conversation, captions, make_room
 from weft.serve.door import Door, Visitors
 from weft.serve.gallery import Example, examples_for
 from weft.serve.guard import Callers
@@ -77,7 +77,8 @@ class Wishes:
     model: str
     max_images: int
     temperature: float
-    seed: int | None
+    seed: str
+    """As it was typed; empty: any."""
     alone: bool
 
 
@@ -161,9 +162,22 @@ class _Page:
     def _asked(self, talk: Conversation, wishes: Wishes) -> tuple[ResponsesRequest, Document]:
         asked = ResponsesRequest(
             model=wishes.model, input=talk.to_input(alone=wishes.alone), max_images=wishes.max_images,
-            temperature=wishes.temperature or None, seed=wishes.seed,
+            temperature=wishes.temperature or None, seed=_seed_of(wishes.seed),
         )  # fmt: skip
         return asked, of_responses(asked, self._limits, _Nothing())
+
+
+def _seed_of(typed: str) -> int | None:
+    """
+    Raises:
+        UsageError: it is no seed.
+    """
+    digits = typed.strip()
+    if not digits:
+        return None
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > 16 or int(digits) >= _SEED_BELOW:
+        raise UsageError("this is no seed", fix=f"write a whole number below {_SEED_BELOW}, or none")
+    return int(digits)
 
 
 class _Nothing:
@@ -206,10 +220,11 @@ async def _next(source: AsyncGenerator[Piece, None]) -> Piece | None:
 
 def _messages(tab: Tab) -> list[dict[str, Any]]:
     """All turns, and what goes on behind them."""
-    found = [
-        {"role": turn.role, "content": [_content(part, tab.talk.folder) for part in turn.parts]}
-        for turn in tab.talk.turns
-    ]
+    found, asked = [], ""
+    for i, turn in enumerate(tab.talk.turns, 1):
+        named = captions(turn, asked, is_whole=tab.halt is None or i < len(tab.talk.turns))
+        found.append({"role": turn.role, "content": [_content(part, tab.talk.folder, named) for part in turn.parts]})
+        asked = " ".join(part.text for part in turn.parts if isinstance(part, Text))
     if tab.halt is not None:
         waiting = _waiting(tab.talk)
         if waiting:
@@ -219,10 +234,15 @@ def _messages(tab: Tab) -> list[dict[str, Any]]:
     return found
 
 
-def _content(part: Part, folder: Path) -> dict[str, Any]:
+def _content(part: Part, folder: Path, named: Iterator[str]) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"type": "text", "text": _inert(part.text)}
-    return {"path": str(folder / str(part.path)), "alt_text": "picture"}
+    # as a component: of a file's `alt_text` gradio shows nothing
+    file = {"path": str(folder / str(part.path)), "meta": {"_type": "gradio.FileData"}}
+    return {
+        "type": "component", "component": "image", "value": file, "constructor_args": {},
+        "props": {"alt_text": next(named)},
+    }  # fmt: skip
 
 
 def _inert(text: str) -> str:
@@ -295,9 +315,10 @@ def _build(page: _Page, models: Sequence[str], limits: Limits) -> Any:
                     0, limits.answer_images, value=min(4, limits.answer_images), step=1, label="Pictures at most"
                 )
                 temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature", info="0: always the likeliest")
-                seed = gr.Number(
-                    None, label="Seed", precision=0, minimum=0, maximum=_SEED_BELOW - 1, placeholder="any",
-                    info="the same gives the same answer",
+                # a number that is not given would come as 0
+                seed = gr.Textbox(
+                    "", label="Seed", placeholder="any", info="the same gives the same answer", max_lines=1,
+                    elem_id="seed",
                 )  # fmt: skip
             # the bundled generalist has never seen a second question
             alone = gr.Checkbox(bool(gallery), label="Each question by itself, without the conversation so far")

@@ -22,7 +22,7 @@ from weft.serve.app import Served, create_app
 from weft.serve.files import Files
 from weft.serve.limits import Limits
 from weft.serve.models import load_models
-from weft.serve.run import ServeConfig, read_keys
+from weft.serve.run import PublicUrl, ServeConfig, read_keys
 from weft.serve.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class ReplicasConfig(Config):
     """Keys of callers, one per line. Default: the environment variable WEFT_API_KEY, where the replicas run."""
     insecure: bool = False
     """Without keys, everybody who reaches the cluster may ask."""
+    public_url: PublicUrl = ""
+    """http(s)://HOST[:PORT] put before the addresses of pictures, for pages that show them elsewhere."""
     limits: Limits = Limits()
     """Of each replica: `replicas` times as many requests may wait, and as often may a key ask."""
 
@@ -125,8 +127,9 @@ class Replica:
         )
         files = SharedFiles(limits.file_seconds, limits.files_bytes)
         self._addresses = create_app(
-            self._scheduler, [Served(name) for name in models], keys=keys, limits=limits, files=files
-        )
+            self._scheduler, [Served(name) for name in models], keys=keys, limits=limits, files=files,
+            public_url=config.public_url,
+        )  # fmt: skip
         self._scheduler.start()
         threading.Thread(target=self._end_with_models, daemon=True).start()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
 from pydantic import Field, PositiveInt
@@ -20,6 +20,7 @@ from weft.serve.limits import Limits
 from weft.serve.scheduler import Scheduler
 
 KEY_VARIABLE = "WEFT_API_KEY"
+PublicUrl = Annotated[str, Field(pattern=r"^(https?://[^/\s]+)?$")]
 SETTLE_SECONDS = 2.0
 """What is said last may take so long to arrive."""
 
@@ -38,7 +39,7 @@ class ServeConfig(Config):
     """Keys of callers, one per line. Default: the environment variable WEFT_API_KEY, if it is set."""
     insecure: bool = False
     """Listen on an address that others reach, without keys."""
-    public_url: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
+    public_url: PublicUrl = ""
     """http(s)://HOST[:PORT] put before the addresses of pictures, for pages that show them elsewhere."""
     limits: Limits = Limits()
 
