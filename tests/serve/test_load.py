@@ -5,6 +5,7 @@ import base64
 import gc
 import json
 import random
+import socket
 import sys
 import threading
 import weakref
@@ -188,6 +189,10 @@ def test_who_finds_no_room_is_refused_at_once_and_told_when_to_come_back():
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
+        # what will not be answered is not read either
+        with socket.create_connection(("127.0.0.1", http.base_url.port), timeout=PATIENCE) as connection:
+            connection.sendall(b"POST /v1/responses HTTP/1.1\r\nhost: a\r\ncontent-length: 99\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 429")
         assert http.get("/health").status_code == 200
         may_go_on.set()
         for thread in threads:

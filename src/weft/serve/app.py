@@ -22,7 +22,7 @@ from weft.generation import SamplingConfig
 from weft.serve import chat, responses
 from weft.serve.counters import Counters
 from weft.serve.files import Files, Own
-from weft.serve.guard import Bodies, Callers, NoKey, Quiet
+from weft.serve.guard import Bodies, Callers, Keys, NoKey, Quiet
 from weft.serve.limits import Limits
 from weft.serve.parts import Broken, End, Picture, Piece, pieces
 from weft.serve.prompt import of_chat, of_images, of_responses, sampling_of
@@ -140,8 +140,10 @@ def create_app(
     files = files or Files(limits.file_seconds, limits.files_bytes)
     app = FastAPI(title="Weft", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     callers = Callers(keys, limits)
+    # the last one comes first
+    app.add_middleware(Bodies, limits=limits)
     app.add_middleware(_Room, scheduler=scheduler)
-    app.add_middleware(Bodies, limits=limits, callers=callers)
+    app.add_middleware(Keys, callers=callers)
     app.add_middleware(Quiet)
     names, counters, since = {model.name for model in models}, Counters(scheduler), int(time.time())
     app.state.scheduler = scheduler

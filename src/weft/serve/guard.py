@@ -117,24 +117,34 @@ class Quiet:
                 await _refuse(send, 500, UNEXPECTED, None, "server_error")
 
 
-class Bodies:
-    """Middleware that reads bodies within bounds: of callers with a key, so many bytes, within so long, so much JSON.
+class Keys:
+    """Middleware that lets through, of what is sent to /v1, only that of callers with a key: before it is read."""
 
-    What is refused is answered 401, 408, 413 or 400, before anything is made of it.
-    """
-
-    def __init__(self, app: Any, limits: Limits, callers: Callers) -> None:
-        self._app, self._limits, self._callers = app, limits, callers
+    def __init__(self, app: Any, callers: Callers) -> None:
+        self._app, self._callers = app, callers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # the page has bounds of its own for what is dropped into it
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
+        if _is_sent(scope):
+            try:
+                self._callers.owner(_header(scope, b"authorization"))
+            except NoKey as error:
+                await _refuse(send, 401, f"{error.what}; {error.fix}", NoKey.code, "authentication_error")
+                return
+        await self._app(scope, receive, send)
+
+
+class Bodies:
+    """Middleware that reads bodies within bounds: so many bytes, within so long, so much JSON.
+
+    What is refused is answered 408, 413 or 400, before anything is made of it.
+    """
+
+    def __init__(self, app: Any, limits: Limits) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not _is_sent(scope):
             await self._app(scope, receive, send)
-            return
-        try:
-            self._callers.owner(_header(scope, b"authorization"))
-        except NoKey as error:
-            await _refuse(send, 401, f"{error.what}; {error.fix}", NoKey.code, "authentication_error")
             return
         limit = self._limits.body_bytes
         try:
@@ -163,6 +173,11 @@ class Bodies:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, replay, send)
+
+
+def _is_sent(scope: Scope) -> bool:
+    # the page has bounds of its own for what is dropped into it
+    return scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith("/v1/")
 
 
 def _header(scope: Scope, name: bytes) -> str | None:
