@@ -5,12 +5,14 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
 
 import psutil
 import pytest
 
-from tests.serve.running import running
+from tests.serve.nonce import NonceBackbone
+from tests.serve.running import PATIENCE, running
 from weft.backbones import load_backbone
 from weft.errors import WeftError
 from weft.serve.bench import Client, Lost, Question, Size, client, load, measure, percentile, serving, twins
@@ -127,3 +129,23 @@ def test_the_command_ends_with_one_line_of_json():
     assert list(figures) == KEYS
     assert (figures["mixed_up"], figures["lost"]) == (0, 0)
     assert re.search(r"alone: \d+ tokens/s", done.stderr)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_who_waited_too_long_is_refused_and_not_lost(is_streamed):
+    go = threading.Event()
+    limits = Limits(queue_seconds=2, keep_alive_seconds=1)
+    with running({"nonce": NonceBackbone(before_step=lambda: go.wait(PATIENCE))}, slots=1, limits=limits) as server:
+
+        async def ask():
+            async with client(server.url, "nonce") as asking:
+                first = asyncio.create_task(asking.ask(Question(0)))
+                while server.scheduler.load.running == 0:
+                    await asyncio.sleep(0.01)
+                second = asyncio.create_task(asking.ask(Question(1, is_streamed)))
+                await asyncio.sleep(limits.queue_seconds + 0.5)
+                go.set()
+                return await first, await second
+
+        replies = asyncio.run(ask())
+    assert [reply.is_refused for reply in replies] == [False, True]

@@ -216,6 +216,7 @@ def test_who_waits_too_long_is_told_so():
         may_go_on.set()
         thread.join(PATIENCE)
         assert (overdue.status_code, overdue.json()["error"]["code"]) == (503, "overdue")
+        assert int(overdue.headers["retry-after"]) >= 1
         assert slow.read(answers[0].text) == slow.expected
         until(lambda: server.scheduler.load.waiting == 0)
 

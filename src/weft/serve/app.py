@@ -26,7 +26,7 @@ from weft.serve.guard import Bodies, Callers, Keys, NoKey, Quiet
 from weft.serve.limits import Limits
 from weft.serve.parts import Broken, End, Picture, Piece, pieces
 from weft.serve.prompt import of_chat, of_images, of_responses, sampling_of
-from weft.serve.scheduler import Busy, Closing, EngineDown, Overdue, Scheduler, Unexpected
+from weft.serve.scheduler import Busy, Closing, EngineDown, Overdue, Refused, Scheduler, Unexpected
 from weft.serve.schema import Asked, ChatRequest, ImagesRequest, ResponsesRequest
 
 T = TypeVar("T")
@@ -366,7 +366,7 @@ def error_json(message: str, kind: str, code: str | None, param: str | None = No
 
 def refusal(error: WeftError) -> JSONResponse:
     status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 400)
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Refused) else {}
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status)
     kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
     message = error.what if error.fix is None else f"{error.what}; {error.fix}"

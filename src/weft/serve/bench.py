@@ -116,9 +116,18 @@ class Reply:
     tokens: int = 0
     retry_after: int = 0
 
+    @property
+    def is_refused(self) -> bool:
+        """For now: the queue is full, or it took too long."""
+        return self.status in (429, 503) and self.retry_after >= 1
+
 
 class Lost(Exception):
     """A request without an outcome."""
+
+
+class _Overdue(Exception):
+    """A stream that was begun says that no slot became free."""
 
 
 class Client:
@@ -142,6 +151,8 @@ class Client:
                     return Reply(response.status_code, time.perf_counter() - begun, retry_after=after)
                 read = _streamed if question.is_streamed else _whole
                 parts, usage = await read(response)
+        except _Overdue:
+            return Reply(503, time.perf_counter() - begun, retry_after=1)
         except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
             raise Lost(f"{type(error).__name__}: {error}") from error
         return Reply(200, time.perf_counter() - begun, _digest(parts), usage["completion_tokens"])
@@ -219,8 +230,9 @@ class Rate:
         if reply.status == 200:
             self.tokens += reply.tokens / self.seconds
             self.answers += 1 / self.seconds
-        elif reply.status == 429 and reply.retry_after >= 1:
-            self.rejects.append(1000 * reply.seconds)
+        elif reply.is_refused:
+            if reply.status == 429:
+                self.rejects.append(1000 * reply.seconds)
         else:
             self.lost += 1
 
@@ -282,7 +294,7 @@ async def load(asking: Client, process: psutil.Process, size: Size) -> Loaded:
         nonlocal done
         for question in left:
             try:
-                while (reply := await asking.ask(question)).status == 429:
+                while (reply := await asking.ask(question)).is_refused:
                     await asyncio.sleep(reply.retry_after)
                 if reply.status != 200:
                     raise Lost(f"status {reply.status}")
@@ -400,6 +412,8 @@ async def _streamed(response: httpx2.Response) -> tuple[list[Any], dict[str, int
             is_ended = True
             continue
         chunk = json.loads(data)
+        if chunk.get("error", {}).get("code") == "overdue":
+            raise _Overdue
         usage = chunk.get("usage") or usage
         for choice in chunk["choices"]:
             parts += choice["delta"].get("content") or ()

@@ -30,17 +30,25 @@ RECENT = 64
 """Requests whose durations say how long a caller should wait."""
 
 
-class Busy(WeftError):
-    """The line is full."""
+class Refused(WeftError):
+    """There is too much to do now.
 
-    code: ClassVar[str] = "busy"
+    Args:
+        retry_after: whole seconds after which it is worth to ask again.
+    """
 
     def __init__(self, what: str, retry_after: int) -> None:
         super().__init__(what, fix=f"ask again in {retry_after} s")
         self.retry_after = retry_after
 
 
-class Overdue(WeftError):
+class Busy(Refused):
+    """The line is full."""
+
+    code: ClassVar[str] = "busy"
+
+
+class Overdue(Refused):
     """No slot became free in time."""
 
     code: ClassVar[str] = "overdue"
@@ -266,7 +274,7 @@ class Scheduler:
                 desk.line.remove(ticket)
                 self._leave_line(ticket)
                 late = f"no slot became free in {self._queue_seconds:g} s"
-                handed.append((ticket, Overdue(late, fix="ask again later")))
+                handed.append((ticket, Overdue(late, self.retry_after())))
         while desk.line and desk.room >= min(slots_for(desk.backbone, desk.line[0].config), desk.slots):
             ticket = desk.line.popleft()
             self._leave_line(ticket)
