@@ -1,5 +1,7 @@
 """Several models behind one address: a base, and adapters on the same weights."""
 
+import threading
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from weft.document import Document, Text, user
 from weft.errors import UsageError
 from weft.generation import Engine, SamplingConfig, generate
 from weft.serve.limits import Limits
-from weft.serve.models import load_models, sharing
+from weft.serve.models import load_models, sharing, use_threads
 
 LIMITS = Limits(answer_text_tokens=12, answer_images=1)
 CONFIG = SamplingConfig(max_text_tokens=12, max_images=1)
@@ -113,3 +115,24 @@ def test_what_is_attached_to_one_does_not_show_in_the_other():
 def test_an_adapter_with_the_name_of_the_base_is_refused(adapters):
     with pytest.raises(UsageError, match="two models are called 'nano'"):
         load_models("nano", {"nano": adapters["lora"]})
+
+
+@pytest.mark.parametrize(
+    "given, variable, used",
+    [(3, None, 3), (3, "1", 3), (None, "5", 5), (None, None, 2)],
+)
+def test_half_of_the_threads_are_left_to_callers_unless_somebody_says_how_many(given, variable, used, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    try:
+        torch.set_num_threads(5)  # as torch itself takes them: of all cores, or what the variable says
+        use_threads(given)
+        found = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert found == [used]
+    finally:
+        torch.set_num_threads(before)

@@ -22,6 +22,7 @@ def serve(
     port: int = 8000,
     slots: int = 16,
     context: int | None = None,
+    threads: int | None = None,
     key_file: Path | None = None,
     insecure: Annotated[bool, Parameter(negative=())] = False,
     public_url: str = "",
@@ -46,6 +47,8 @@ def serve(
         Answers written at once by each model.
     context: int | None
         Positions of a prompt and its answer; by default as many as the model has.
+    threads: int | None
+        Of models on a CPU; by default OMP_NUM_THREADS, or half of the cores, as callers need the others.
     key_file: Path | None
         Keys of callers, one per line; by default the one in WEFT_API_KEY, if it is set.
     insecure: bool
@@ -64,7 +67,7 @@ def serve(
 
     given = {
         "host": (host, "127.0.0.1"), "port": (port, 8000), "slots": (slots, 16), "context": (context, None),
-        "key_file": (key_file, None), "insecure": (insecure, False),
+        "threads": (threads, None), "key_file": (key_file, None), "insecure": (insecure, False),
         "public_url": (public_url, ""), "limits.drain_seconds": (drain, 30.0),
     }  # fmt: skip
     overrides = {name: value for name, (value, default) in given.items() if value != default}
@@ -75,9 +78,10 @@ def serve(
     keys, adapters = read_keys(settings), named(adapter)
 
     from weft.serve.app import Served, create_app
-    from weft.serve.models import load_models
+    from weft.serve.models import load_models, use_threads
     from weft.serve.scheduler import Scheduler
 
+    use_threads(settings.threads)
     models = load_models(model, adapters, loading.config())
     limits = settings.limits
     scheduler = Scheduler(

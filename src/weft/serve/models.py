@@ -1,6 +1,7 @@
 """The models of one server: a base, and adapters on the same weights, each under a name of its own."""
 
 import copy
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,18 @@ def sharing(base: Backbone, *, but: Collection[str] = ()) -> Backbone:
     shared = [parameter for name, parameter in model.named_parameters() if name not in but]
     kept = (*shared, *model.buffers(), model.tokenizer)
     return copy.deepcopy(base, {id(each): each for each in kept})
+
+
+def use_threads(number: int | None) -> None:
+    """Threads of each operation on a CPU. All cores are too many: the last of an operation's threads to be done, held up
+    by those that read and write for callers, holds up the whole step.
+
+    Args:
+        number: None: OMP_NUM_THREADS, or half of the cores.
+    """
+    import torch
+
+    if number is None and "OMP_NUM_THREADS" not in os.environ:
+        number = max(1, torch.get_num_threads() // 2)
+    if number is not None:
+        torch.set_num_threads(number)

@@ -35,6 +35,8 @@ class ServeConfig(Config):
     """Answers written at once by each model."""
     context: PositiveInt | None = None
     """Positions of a prompt and its answer; None: as many as the model has."""
+    threads: PositiveInt | None = None
+    """Of models on a CPU; None: OMP_NUM_THREADS, or half of the cores, as callers need the others."""
     key_file: Path | None = None
     """Keys of callers, one per line. Default: the environment variable WEFT_API_KEY, if it is set."""
     insecure: bool = False
