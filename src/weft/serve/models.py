@@ -46,8 +46,8 @@ def sharing(base: Backbone, *, but: Collection[str] = ()) -> Backbone:
 
 
 def use_threads(number: int | None) -> None:
-    """Threads of each operation on a CPU. All cores are too many: the last of an operation's threads to be done, held up
-    by those that read and write for callers, holds up the whole step.
+    """Threads of each operation on a CPU. All cores are too many: callers are read and answered too, and the one thread
+    of an operation that this holds up holds up the whole step.
 
     Args:
         number: None: OMP_NUM_THREADS, or half of the cores.

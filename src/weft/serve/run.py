@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,6 +22,7 @@ from weft.serve.scheduler import Scheduler
 
 KEY_VARIABLE = "WEFT_API_KEY"
 PublicUrl = Annotated[str, Field(pattern=r"^(https?://[^/\s]+)?$")]
+SWITCH_SECONDS = 0.0005
 SETTLE_SECONDS = 2.0
 """What is said last may take so long to arrive."""
 
@@ -169,6 +171,8 @@ def run_server(app: Any, scheduler: Scheduler, config: ServeConfig, *, say: Any 
             f"cannot listen on {config.host}:{config.port}", where="--port", fix="name a free port; 0 finds one"
         ) from error
     host, port = socket.getsockname()[:2]
+    # whoever reads and writes for callers waits so long for the models' thread, several times for each of them
+    sys.setswitchinterval(SWITCH_SECONDS)
     scheduler.start()
     say(f"http://{host}:{port}")
     server.run(sockets=[socket])
