@@ -1,14 +1,16 @@
 """`weft serve`: one model, with adapters, behind an OpenAI-compatible server and a page; and how fast it is."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from weft.cli.loading import Loading
-from weft.errors import UsageError
+from weft.errors import UsageError, WeftError
 
+NEEDED = ("fastapi", "httptools", "prometheus_client", "sse_starlette", "uvicorn")
 app = App(name="serve", help="Serve a model to OpenAI clients and to a browser.")
 
 
@@ -62,6 +64,7 @@ def serve(
     print_limits: bool
         Print every limit and its value, and end.
     """
+    _check_installed()
     from weft.config import load_config
     from weft.serve.run import ServeConfig, read_keys, run_server
 
@@ -116,6 +119,7 @@ def bench(
     quick: bool
         Within three minutes, on a small machine.
     """
+    _check_installed()
     import asyncio
     import json
     from dataclasses import asdict
@@ -129,6 +133,12 @@ def bench(
     with serving(command) as (url, process):
         figures = asyncio.run(measure(url, process, model, QUICK if quick else FULL, say=say))
     print(json.dumps(asdict(figures)))
+
+
+def _check_installed() -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise WeftError(f"a server needs {', '.join(missing)}", where="weft serve", fix="pip install 'weft[serve]'")
 
 
 def named(adapters: tuple[str, ...]) -> dict[str, Path]:
