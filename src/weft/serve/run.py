@@ -1,6 +1,7 @@
 """A server from its settings to its end: what is refused before it starts, and how it stops."""
 
 import asyncio
+import gc
 import ipaddress
 import os
 import sys
@@ -156,6 +157,15 @@ def server_of(app: Any, scheduler: Scheduler, config: ServeConfig) -> Server:
     return Server(settings, scheduler, config.limits)
 
 
+def _make_quick() -> None:
+    """So that who reads and writes for callers does not wait for what else this process does."""
+    # for the models' thread, several times for each caller
+    sys.setswitchinterval(SWITCH_SECONDS)
+    # for the garbage collector: what was imported and loaded stays, and takes most of a second to look through
+    gc.collect()
+    gc.freeze()
+
+
 def run_server(app: Any, scheduler: Scheduler, config: ServeConfig, *, say: Any = print) -> None:
     """Serve until a signal comes.
 
@@ -171,8 +181,7 @@ def run_server(app: Any, scheduler: Scheduler, config: ServeConfig, *, say: Any 
             f"cannot listen on {config.host}:{config.port}", where="--port", fix="name a free port; 0 finds one"
         ) from error
     host, port = socket.getsockname()[:2]
-    # whoever reads and writes for callers waits so long for the models' thread, several times for each of them
-    sys.setswitchinterval(SWITCH_SECONDS)
+    _make_quick()
     scheduler.start()
     say(f"http://{host}:{port}")
     server.run(sockets=[socket])
