@@ -18,7 +18,7 @@ from weft.errors import WeftError
 from weft.serve.bench import Client, Lost, Question, Size, client, load, measure, percentile, serving, twins
 from weft.serve.limits import Limits
 
-SMALL = Size(alone=2, ramp=0.2, window=3.0, asked=8, callers=4, pictures=1)
+SMALL = Size(rounds=2, alone=2, ramp=0.4, window=3.0, asked=8, callers=4, pictures=1)
 BRIEF = Limits(queue=28, answer_text_tokens=4)
 """The untrained model rarely ends by itself."""
 KEYS = ["throughput_32_over_1", "overload_keep", "reject_p99_ms", "mixed_up", "lost", "rss_growth"]
@@ -33,7 +33,7 @@ def test_all_figures_of_a_server():
     assert list(figures) == KEYS
     assert (found.mixed_up, found.lost) == (0, 0)
     assert all(value > 0 for name, value in figures.items() if name not in ("mixed_up", "lost"))
-    assert len(said) == 4
+    assert len(said) == 3 * SMALL.rounds + 1
 
 
 def answered_by(change):
@@ -96,7 +96,7 @@ def test_answers_that_are_all_the_same_show_nothing():
 
 
 def test_every_question_has_a_twin_that_is_asked_otherwise():
-    questions = twins(Size(alone=1, ramp=0, window=1, asked=200))
+    questions = twins(Size(rounds=1, alone=1, ramp=0, window=1, asked=200))
     assert len(questions) == 200 == len(set(questions))
     assert len({replace(each, is_streamed=False) for each in questions}) == 100
     assert ({each.given for each in questions}, {each.wanted for each in questions}) == ({0, 1, 2, 3, 4}, {1, 2, 3, 4})

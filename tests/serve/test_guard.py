@@ -247,3 +247,11 @@ def test_an_error_that_nobody_thought_of_is_told_and_logged_without_what_is_in_i
     assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
     until(lambda: "unexpected RuntimeError" in caplog.text)
     assert "CANARY" not in reply.text + caplog.text
+
+
+def test_nothing_is_sent_to_whom_a_variable_names(nonce_server, monkeypatch):
+    """FastAPI would tell of errors and of fields that are wrong, with what is in them."""
+    telemetry = nonce_server.app._native_telemetry
+    monkeypatch.setattr("fastapi.telemetry._asgi._unconfigured", lambda provider: False)
+    assert not telemetry.enabled()
+    assert not telemetry.config["auto_configure"]

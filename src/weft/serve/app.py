@@ -32,6 +32,8 @@ from weft.serve.schema import Asked, ChatRequest, ImagesRequest, ResponsesReques
 T = TypeVar("T")
 ASKING = ("/v1/chat/completions", "/v1/responses", "/v1/images/generations")
 """Where a model is asked."""
+NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""Otherwise a variable of the environment has requests, and errors with what is in them, sent elsewhere."""
 GONE = 499
 """A caller that did not wait; nobody reads it but the log."""
 STATUS: Mapping[type[WeftError], int] = {
@@ -138,7 +140,7 @@ def create_app(
     """
     limits = limits or Limits()
     files = files or Files(limits.file_seconds, limits.files_bytes)
-    app = FastAPI(title="Weft", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(title="Weft", docs_url=None, redoc_url=None, openapi_url="/openapi.json", telemetry=NO_TELEMETRY)
     callers = Callers(keys, limits)
     # the last one comes first
     app.add_middleware(Bodies, limits=limits)
