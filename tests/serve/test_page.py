@@ -333,8 +333,8 @@ def page_server(monkeypatch):
     from tests.serve.nonce import NonceBackbone
     from weft.backbones import load_backbone
 
-    def with_page(scheduler, models, *, keys, limits):
-        app, callers = create_app(scheduler, models, keys=keys, limits=limits), Callers(keys, limits)
+    def with_page(scheduler, models, *, keys, limits, **settings):
+        app, callers = create_app(scheduler, models, keys=keys, limits=limits, **settings), Callers(keys, limits)
         if not isinstance(app.router.default, Door):
             app.state.seeds = []
 
