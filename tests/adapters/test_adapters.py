@@ -196,6 +196,7 @@ save_file({"out": out.contiguous()}, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_in_a_fresh_process_gives_equal_outputs(tmp_path):
     backbone = adapted("moss")
     save_adapter(backbone, tmp_path)

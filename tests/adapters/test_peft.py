@@ -253,6 +253,7 @@ t.adapted(modules_to_save=["lm_head"]).save_pretrained(sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_folder_has_the_same_bytes_from_every_process(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     adapted(modules_to_save=["lm_head"]).save_pretrained(here)

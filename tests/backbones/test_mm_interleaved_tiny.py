@@ -77,6 +77,7 @@ def test_a_caption_becomes_its_picture(model):
     assert share(seen == scene for seen, scene in zip(found, scenes(), strict=True)) >= DRAWN
 
 
+@pytest.mark.slow
 def test_the_sentence_after_a_picture_changes_it(model):
     wanted = [story.scenes[1] for story in stories()]
     prompts = [(story.scenes[0].caption(), image(story.scenes[0]), story.edits[0]) for story in stories()]

@@ -238,6 +238,7 @@ def test_a_folder_that_names_no_base_asks_for_it(folder, capsys):
     assert "--model NAME" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_one_that_generate_reads(folder, capsys):
     assert run("merge", folder, "--text", "--out", "merged", "--json") == 0
     found = json.loads(capsys.readouterr().out)

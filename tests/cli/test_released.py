@@ -51,7 +51,7 @@ def some(quick):
     return [pytest.param(family, marks=() if family in quick else pytest.mark.slow) for family in FAMILIES]
 
 
-@pytest.mark.parametrize("family", some(("chameleon", "emu2", "mm_interleaved")))
+@pytest.mark.parametrize("family", some(("chameleon", "emu2")))
 def test_a_folder_is_trained_on_and_answers(family, capsys):
     model = write(family)
     write_documents()

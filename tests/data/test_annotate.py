@@ -554,6 +554,7 @@ def stub():
     server.server.server_close()
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_in_many_ways_costs_the_documents_that_it_fails(stub, tmp_path):
     """Once: nothing. Always: that document, by name. After a restart only those are asked about again."""
     documents = [page(f"{GOOD} It was day {i}.", identity=f"mmc4:{i}") for i in range(4 * len(WAYS) + 4)]

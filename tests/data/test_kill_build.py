@@ -113,7 +113,7 @@ def kill_and_rerun(tmp_path, monkeypatch, source, kind, seed):
     return len(parts), len(begun - parts)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
 def test_a_killed_build_goes_on_where_it_was(tmp_path, monkeypatch, source, seed):
     kill_and_rerun(tmp_path, monkeypatch, source, ["processes", "serial"][seed % 2], seed)
 
@@ -131,6 +131,7 @@ def test_killed_at_thirty_moments(tmp_path, monkeypatch, source, capsys):
     assert len({done for done, _ in found}) > 5, "the moments were all alike"
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_still_ends(tmp_path, source):
     file, wanted = source
     for number in (2, 5, 8):
@@ -142,6 +143,7 @@ def test_killed_again_and_again_it_still_ends(tmp_path, source):
     assert contents(tmp_path / "out") == wanted
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_build_in_the_middle_of_a_record(tmp_path, source):
     running = start_build(tmp_path, source[0], "processes", SLOW.replace("0.001", "100"))
     wait_for_workers(tmp_path)

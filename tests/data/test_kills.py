@@ -64,6 +64,7 @@ def made_of(recipe):
     return config(*recipe["sources"], **{key: value for key, value in recipe.items() if key != "sources"})
 
 
+@pytest.mark.slow
 def test_a_build_loses_only_the_documents_that_the_server_fails_for_good(stub, tmp_path):
     """Twelve ways to fail, once and always, and four ways to lie, in one build."""
     assert len(WAYS) == 12

@@ -58,6 +58,7 @@ def test_it_gives_the_bytes_of_serial(tmp_path):
     assert ray.is_initialized()  # a cluster that was there stays
 
 
+@pytest.mark.slow
 def test_workers_stay_and_do_every_job_once():
     with open_executor(CONFIG, _work) as executor:
         running, found, waiting = 0, [], list(range(8))
@@ -73,6 +74,7 @@ def test_workers_stay_and_do_every_job_once():
     assert os.getpid() not in processes
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_its_job_alone_and_errors_come_home():
     with open_executor(CONFIG, _work) as executor:
         executor.submit("die")

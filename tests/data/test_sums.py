@@ -191,6 +191,7 @@ decode._problem = problem
 """
 
 
+@pytest.mark.slow
 def test_a_record_that_hangs_costs_itself_in_the_same_process_too(tmp_path):
     from tests.data.running import ledger, write_documents
 

@@ -156,6 +156,7 @@ def answered(url):
 LONG = {"seed": 5, "min_images": 2, "max_images": 2}
 
 
+@pytest.mark.slow
 def test_the_stock_client_reads_every_shape(alone):
     to = client(alone)
     asked = {"model": "nano", "extra_body": LONG, "temperature": 1}

@@ -257,7 +257,7 @@ def test_a_stream_that_has_nothing_to_say_says_so():
         assert go.is_set()
 
 
-@pytest.mark.parametrize("endpoint", ["responses", "chat/completions"])
+@pytest.mark.parametrize("endpoint", ["responses", pytest.param("chat/completions", marks=pytest.mark.slow)])
 def test_a_stream_begins_before_its_answer_does(endpoint):
     """Whoever waits for a slot hears from the server; what is refused later is refused in the stream."""
     go = threading.Event()

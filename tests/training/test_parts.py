@@ -111,6 +111,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(driver, 
     assert finish(killed) == whole
 
 
+@pytest.mark.slow
 def test_a_fresh_process_has_the_last_word(pretraining):
     """With products in bf16; parts are in fp32 all the same."""
     config = pretraining(verify=True, schedule={"steps": 1, "warmup": 0}, precision="bf16", data={"validation": 0})

@@ -59,7 +59,9 @@ def run(*arguments: str) -> int:
     return caught.value.code or 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "moss_emu2" else name for name in FAMILIES]
+)
 def test_a_recipe_runs_to_its_adapter(name, documents, tmp_path):
     # one of them ends with the proof, in a fresh process, that the adapter reads back
     verify = str(name == "moss_emu2").lower()

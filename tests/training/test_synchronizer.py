@@ -63,7 +63,10 @@ def test_losses_fall_and_nothing_else_moves(recipe, settings):
     assert any(".moss_" in name for name in moved) == (settings is BOTH)
 
 
-@pytest.mark.parametrize("settings", [ALONE, BOTH], ids=["alone", "beside an adapter"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(ALONE, id="alone"), pytest.param(BOTH, id="beside an adapter", marks=pytest.mark.slow)],
+)
 def test_resumed_is_uninterrupted_and_twice_is_the_same(recipe, tmp_path, settings):
     ends = []
     for cut in (None, None, 1, 7):
@@ -161,6 +164,7 @@ def test_one_that_does_nothing_is_no_result(recipe):
     assert not (config.out / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_both_give_another_run_than_either(recipe, tmp_path):
     ends = {}
     for name, settings in {"adapter": {}, "alone": ALONE, "both": BOTH}.items():
