@@ -72,6 +72,10 @@ def test_pairs_are_compared_and_not_means():
     assert judge(Claim("c", "", "", {"a": 1, "b": -1}), values, resamples=500).verdict == "holds"
 
 
+EXTRA = 0.1 * (2**0.5 - 1)
+"""What two seeds that are 0.1 from their mean are stretched by."""
+
+
 def test_seeds_that_disagree_settle_nothing_however_many_stories():
     values = np.array([[1.0], [-0.6]]) + np.zeros((2, 500))
     low, high = interval(values, resamples=2000)
@@ -90,6 +94,16 @@ def test_intervals_of_the_mean_cover_it_as_often_as_they_say():
 
 def test_a_claim_without_its_arms_has_no_verdict():
     assert judge(CLAIMS[0], {"base": {"overall": np.zeros((1, 2))}}, resamples=10) is None
+
+
+@pytest.mark.parametrize(
+    ("measure", "mean", "low", "high"),
+    [("wellformed", 0.9, 0.8 - EXTRA, 1.0), ("wellformed", 0.1, 0.0, 0.2 + EXTRA), ("text_loss", 0.1, 0.0, 0.2 + EXTRA),
+     ("log_image_loss", 0.1, -EXTRA, 0.2 + EXTRA)],
+)  # fmt: skip
+def test_the_interval_of_an_arm_holds_only_what_a_measure_can_be(measure, mean, low, high):
+    values = mean + np.array([[-0.1], [0.1]]) + np.zeros((2, 50))
+    assert page._cell(measure, values, 2000) == pytest.approx({"mean": mean, "low": low, "high": high}, abs=1e-6)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

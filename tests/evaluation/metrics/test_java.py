@@ -55,7 +55,9 @@ def package(tmp_path, monkeypatch):
     })  # fmt: skip
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delitem(sys.modules, "pycocoevalcap", raising=False)
-    return tmp_path / "site/pycocoevalcap"
+    yield tmp_path / "site/pycocoevalcap"
+    # or the next test would find these empty folders
+    sys.modules.pop("pycocoevalcap", None)
 
 
 @pytest.fixture

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 ASPECTS = ("text_quality", "perceptual_quality", "image_coherence", "text_image_coherence", "helpfulness")
 LOSSES = ("image_loss", "log_image_loss", "text_loss")
 LOWER_IS_BETTER = frozenset(LOSSES)
+RANGES = {"image_loss": (0.0, math.inf), "log_image_loss": (-math.inf, math.inf), "text_loss": (0.0, math.inf)}
+"""Of the losses; all others are shares."""
 FLOOR = 15.0
 """dB: what two different scenes of the world have in common."""
 

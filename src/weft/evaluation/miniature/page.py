@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 
 from weft.evaluation.miniature.arms import ARMS, PRINTED, Alphabet, Budget
-from weft.evaluation.miniature.aspects import ASPECTS
+from weft.evaluation.miniature.aspects import ASPECTS, RANGES
 from weft.evaluation.miniature.claims import CLAIMS, Claim
 from weft.evaluation.miniature.verdicts import Finding, Values, interval, judge, judge_all, values_of
 
@@ -30,7 +30,7 @@ def make_report(
     findings = judge_all(CLAIMS, values, resamples=budget.resamples)
     cells: dict[str, Cells] = {}
     for arm in budget.arms:
-        cells[arm] = {measure: _cell(each, budget.resamples) for measure, each in values[arm].items()}
+        cells[arm] = {measure: _cell(measure, each, budget.resamples) for measure, each in values[arm].items()}
     arms = {
         arm: {
             "about": ARMS[arm].about,
@@ -59,9 +59,10 @@ def make_report(
     return report, _page(report, results, findings, budget.resamples), _markdown(report, findings)
 
 
-def _cell(values: np.ndarray, resamples: int) -> dict[str, float]:
-    low, high = interval(values, resamples=resamples)
-    return {"mean": round(float(values.mean()), 6), "low": round(low, 6), "high": round(high, 6)}
+def _cell(measure: str, values: np.ndarray, resamples: int) -> dict[str, float]:
+    # few seeds are stretched, beyond what a measure can be
+    low, high = np.clip(interval(values, resamples=resamples), *RANGES.get(measure, (0.0, 1.0)))
+    return {"mean": round(float(values.mean()), 6), "low": round(float(low), 6), "high": round(float(high), 6)}
 
 
 def _page(report: Mapping[str, Any], results: Results, findings: Sequence[Finding], resamples: int) -> str:
