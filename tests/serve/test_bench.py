@@ -15,10 +15,26 @@ from tests.serve.nonce import NonceBackbone
 from tests.serve.running import PATIENCE, running
 from weft.backbones import load_backbone
 from weft.errors import WeftError
-from weft.serve.bench import Client, Lost, Question, Size, client, load, measure, percentile, serving, twins
+from weft.serve import bench
+from weft.serve.bench import (
+    Client,
+    Loaded,
+    Lost,
+    Question,
+    Rate,
+    Reply,
+    Size,
+    alone,
+    client,
+    load,
+    measure,
+    percentile,
+    serving,
+    twins,
+)
 from weft.serve.limits import Limits
 
-SMALL = Size(rounds=2, alone=2, ramp=0.4, window=3.0, asked=8, callers=4, pictures=1)
+SMALL = Size(rounds=2, spare=0, alone=2, ramp=0.4, window=3.0, asked=8, callers=4, pictures=1)
 BRIEF = Limits(queue=28, answer_text_tokens=4)
 """The untrained model rarely ends by itself."""
 KEYS = ["throughput_32_over_1", "overload_keep", "reject_p99_ms", "mixed_up", "lost", "rss_growth"]
@@ -82,6 +98,70 @@ def test_what_is_mixed_up_or_lost_is_counted(name):
     assert sum(map(len, found.digests.values())) == SMALL.asked - lost
 
 
+@pytest.mark.parametrize(
+    ("stolen", "kept", "done"),
+    [
+        ([0, 0, 0], [0, 1], 2),
+        ([0.5, 0, 0.1, 0, 0], [1, 3], 4),
+        ([0.5, 0.4, 0.3, 0.1, 0.2, 0], [3, 4], 5),
+        ([0.03, 0.02, 0.02, 0], [1, 2], 3),
+    ],
+    ids=["quiet", "some are done again", "never quiet", "at the border"],
+)
+def test_what_counts_is_chosen_by_what_the_host_took(monkeypatch, stolen, kept, done):
+    def round_of(number):
+        over = Rate(0, 1, tokens=number + 1.0, lost=1, rejects=[10.0 * number])
+        return bench._Round(1.0, Rate(0, 1, tokens=1.0, lost=1), over, stolen[number])
+
+    async def next_round(*_):
+        return round_of(next(numbers))
+
+    async def loaded(*_):
+        return Loaded(health=[1.0], memory=([1], [1]))
+
+    async def asked(*_):
+        return Reply(200, 1.0)
+
+    numbers = iter(range(len(stolen)))
+    monkeypatch.setattr(bench, "_round", next_round)
+    monkeypatch.setattr(bench, "load", loaded)
+    monkeypatch.setattr(Client, "ask", asked)
+    size = replace(SMALL, rounds=2, spare=3)
+    found = asyncio.run(measure("http://localhost", psutil.Process(), "nano", size))
+    assert next(numbers) == done
+    assert found.overload_keep == sum(kept) / 2 + 1
+    assert found.reject_p99_ms == 10.0 * max(kept)
+    # of all rounds, kept or not
+    assert found.lost == 2 * done
+
+
+def test_a_server_that_refuses_nothing_was_not_asked_too_much(monkeypatch):
+    async def next_round(*_):
+        return bench._Round(1.0, Rate(0, 1, tokens=1.0), Rate(0, 1, tokens=1.0), 0.0)
+
+    async def asked(*_):
+        return Reply(200, 1.0)
+
+    monkeypatch.setattr(bench, "_round", next_round)
+    monkeypatch.setattr(Client, "ask", asked)
+    with pytest.raises(WeftError, match="refused nothing"):
+        asyncio.run(measure("http://localhost", psutil.Process(), "nano", SMALL))
+
+
+def test_alone_waits_until_a_server_that_was_asked_too_much_has_room():
+    class Recovering:
+        said = [Reply(429, 0.001, retry_after=1), Reply(200, 1.0, tokens=5), *[Reply(200, 1.0, tokens=7)] * 2]
+
+        async def ask(self, question):
+            await asyncio.sleep(0.01)
+            return self.said.pop(0)
+
+    assert 14 / 0.2 < asyncio.run(alone(Recovering(), 2)) <= 14 / 0.02
+    Recovering.said = [Reply(200, 1.0, tokens=5), Reply(429, 0.001, retry_after=1)]
+    with pytest.raises(WeftError, match="status 429"):
+        asyncio.run(alone(Recovering(), 1))
+
+
 def test_answers_that_are_all_the_same_show_nothing():
     async def run(server):
         async with client(server.url, "nano") as asking:
@@ -96,7 +176,7 @@ def test_answers_that_are_all_the_same_show_nothing():
 
 
 def test_every_question_has_a_twin_that_is_asked_otherwise():
-    questions = twins(Size(rounds=1, alone=1, ramp=0, window=1, asked=200))
+    questions = twins(Size(rounds=1, spare=0, alone=1, ramp=0, window=1, asked=200))
     assert len(questions) == 200 == len(set(questions))
     assert len({replace(each, is_streamed=False) for each in questions}) == 100
     assert ({each.given for each in questions}, {each.wanted for each in questions}) == ({0, 1, 2, 3, 4}, {1, 2, 3, 4})
