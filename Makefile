@@ -1,7 +1,7 @@
 # Every target sets itself up: a fresh machine needs python >= 3.11 with venv, and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-JOBS ?= 2
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 

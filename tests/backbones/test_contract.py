@@ -274,7 +274,7 @@ def test_it_learns(adapted):
         return objective(batch)
 
     first = losses().detach()
-    for _ in range(20 if adapted.kind == "diffusion" else 40):
+    for _ in range(10 if adapted.kind == "diffusion" else 20):
         optimizer.zero_grad()
         losses().sum().backward()
         optimizer.step()

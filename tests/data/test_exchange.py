@@ -228,7 +228,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("form", ["chat_jsonl", "llama_factory", "webdataset", "huggingface"])
+@pytest.mark.parametrize(
+    "form", ["chat_jsonl", pytest.param("llama_factory", marks=pytest.mark.slow), "webdataset", "huggingface"]
+)
 def test_a_killed_export_goes_on_to_the_same_bytes(form, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "_MARK_DOCUMENTS", 3)
     monkeypatch.setattr(webdataset, "SHARD_BYTES", 12_000)

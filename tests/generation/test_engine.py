@@ -54,7 +54,7 @@ CONFIGS = [
 ]
 
 
-BATCHES = {"none": 110, "lora": 20, "moe_lora": 30, "moss": 24}
+BATCHES = {"none": 110, "lora": 20, "moe_lora": 30, "moss": 12}
 """Randomised batches for each kind of adapter, 200 in all."""
 
 

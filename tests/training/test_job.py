@@ -67,7 +67,9 @@ def test_what_a_run_leaves(recipe, echo):
     assert all(torch.equal(saved[name], tensor) for name, tensor in adapter_parameters(backbone).items())
 
 
-@pytest.mark.parametrize("cut", [1, 4, 7, 11])
+@pytest.mark.parametrize(
+    "cut", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow), 11]
+)
 def test_resumed_is_uninterrupted(recipe, results, echo, whole, cut):
     config = recipe()
     assert stop_after(config, cut, echo)[-1].step == cut
@@ -114,7 +116,7 @@ def engine(backbone, prompts):
     return [Turn("assistant", answer.parts) for answer in generate(backbone, prompts, sampling)]
 
 
-@pytest.mark.parametrize("sampler", [noisy, engine])
+@pytest.mark.parametrize("sampler", [noisy, pytest.param(engine, marks=pytest.mark.slow)])
 def test_samples_do_not_change_what_is_learnt(recipe, results, whole, sampler):
     config = recipe()
     run(config, sampler)
