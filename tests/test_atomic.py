@@ -3,11 +3,20 @@
 import errno
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from weft.atomic import MANIFEST, clean_leftovers, verify_folder, write_bytes, write_folder, write_json
+from weft.atomic import (
+    MANIFEST,
+    clean_leftovers,
+    verify_folder,
+    write_bytes,
+    write_bytes_once,
+    write_folder,
+    write_json,
+)
 from weft.errors import CheckpointError
 
 
@@ -26,6 +35,19 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left"):
         write_bytes(file, b"new")
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_that_is_written_once_can_be_linked_while_others_write_it(tmp_path):
+    def write_and_link(number):
+        for file in files:
+            write_bytes_once(file, b"the same" * 100)
+            os.link(file, file.with_name(f"{file.name}.{number}"))
+
+    files = [tmp_path / str(each) for each in range(100)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_and_link, range(8)))
+    assert {file.stat().st_nlink for file in files} == {9}
+    assert len(list(tmp_path.iterdir())) == 900
 
 
 @pytest.mark.parametrize("existing", [False, True])

@@ -29,9 +29,9 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step; a reader sees the old file or the new one."""
-    path = Path(path)
+@contextlib.contextmanager
+def _written(path: Path, data: bytes) -> Iterator[str]:
+    """The name of a file beside `path` that holds the data, until it is moved away."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
@@ -40,12 +40,28 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
+        yield name
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
-        raise
     _sync(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step; a reader sees the old file or the new one."""
+    path = Path(path)
+    with _written(path, data) as name:
+        os.replace(name, path)
+
+
+def write_bytes_once(path: Path, data: bytes) -> None:
+    """As `write_bytes`, but what is there stays: of several that write at once, the first one's file.
+
+    A file that is never replaced can be linked at any moment.
+    """
+    path = Path(path)
+    with _written(path, data) as name, contextlib.suppress(FileExistsError):
+        os.link(name, path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.data.corpus import png
+from weft.atomic import write_bytes_once
 from weft.data.fetch import FetchConfig, Fetched, Wanted, fetch, opt_out_of, wanted_of, wanted_of_mmc4
 from weft.data.sources.draft import url_name
 from weft.data.urls import Network, Refused, public_address, read_url
@@ -21,6 +23,7 @@ from weft.errors import UsageError
 from weft.images import read_image
 
 PUBLIC = "93.184.216.34"
+PATIENCE = 30.0
 
 
 class Server:
@@ -320,6 +323,29 @@ def test_pictures_are_kept_by_content_and_found_by_sources(server, tmp_path):
     assert read_image(tmp_path / "pictures", "0123456789ab.jpg") == png()
     entry = next(entry for entry in log(tmp_path) if entry["url"] == named.url)
     assert (entry["status"], entry["reason"], entry["sha256"], entry["bytes"]) == (200, None, named.sha256, len(png()))
+
+
+def test_equal_pictures_that_arrive_at_the_same_time_are_one_file(server, tmp_path, monkeypatch):
+    both, linked = threading.Barrier(2, timeout=PATIENCE), threading.Event()
+    turns = itertools.count()
+
+    def write(path: Path, data: bytes) -> None:
+        turn = next(turns)
+        both.wait()
+        if turn:
+            assert linked.wait(PATIENCE)  # the other one's picture has its name already
+        write_bytes_once(path, data)
+
+    def link(source: Path, name: Path, link: Any = os.link) -> None:
+        link(source, name)
+        if name.parent.name == "pictures":
+            linked.set()
+
+    monkeypatch.setattr("weft.data.fetch.write_bytes_once", write)
+    monkeypatch.setattr("os.link", link)
+    assert run(server, tmp_path, "/a.png", "/b.png", per_host=2).fetched == 2
+    files = [file.stat() for file in tmp_path.rglob("*") if file.is_file() and file.name != "fetch.jsonl"]
+    assert ([each.st_nlink for each in files], len({each.st_ino for each in files})) == ([3, 3, 3], 1)
 
 
 def test_what_was_fetched_or_refused_for_good_is_not_asked_for_again(server, tmp_path):

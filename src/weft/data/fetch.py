@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pydantic
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from weft.atomic import write_bytes
+from weft.atomic import write_bytes_once
 from weft.config import Config
 from weft.data.sources import SOURCES, SourceConfig
 from weft.data.sources.base import has_picture, parse_json, root_of
@@ -434,7 +434,7 @@ class _Fetcher:
         name = hashlib.sha256(data).hexdigest()
         stored = self._out / "objects" / name[:2] / name
         if not stored.is_file():
-            write_bytes(stored, data)
+            write_bytes_once(stored, data)
         place = self._out / "pictures" / item.file
         place.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
