@@ -17,7 +17,6 @@ Every question has a seed of its own and so an answer of its own: whoever gets a
 import asyncio
 import base64
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -33,7 +32,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
-import httpx2
+import aiohttp
 import psutil
 
 from weft.data.sources.picturebook import random_scene
@@ -44,6 +43,10 @@ TOGETHER = 32
 OVERLOAD = 5
 PATIENCE = 300.0
 """Seconds for one answer; a request that takes longer is lost."""
+IDLE = 2.0
+"""Seconds that a connection is kept without a request; the server closes it later than that."""
+LINE = 1 << 26
+"""Bytes of a streamed line, with a picture in it."""
 STOLEN = 0.02
 """Of a round's processor time, at most: what a virtual machine's host gave to others. More says little of a server."""
 
@@ -142,8 +145,8 @@ class _Overdue(Exception):
 class Client:
     """Asks one server."""
 
-    def __init__(self, http: httpx2.AsyncClient, model: str) -> None:
-        self._http, self._model = http, model
+    def __init__(self, http: aiohttp.ClientSession, url: str, model: str) -> None:
+        self._http, self._url, self._model = http, url, model
 
     async def ask(self, question: Question) -> Reply:
         """
@@ -152,47 +155,34 @@ class Client:
         """
         begun = time.perf_counter()
         try:
-            request = self._http.stream("POST", "/v1/chat/completions", json=question.body(self._model))
+            request = self._http.post(f"{self._url}/v1/chat/completions", json=question.body(self._model))
             async with request as response:
-                if response.status_code != 200:
-                    await response.aread()
+                if response.status != 200:
+                    await response.read()
                     after = int(response.headers.get("retry-after", 0))
-                    return Reply(response.status_code, time.perf_counter() - begun, retry_after=after)
+                    return Reply(response.status, time.perf_counter() - begun, retry_after=after)
                 read = _streamed if question.is_streamed else _whole
                 parts, usage = await read(response)
         except _Overdue:
             return Reply(503, time.perf_counter() - begun, retry_after=1)
-        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+        except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError) as error:
             raise Lost(f"{type(error).__name__}: {error}") from error
         return Reply(200, time.perf_counter() - begun, _digest(parts), usage["completion_tokens"])
 
     async def health(self) -> float:
         """Seconds that it takes; asked from a thread, which does not wait for the other requests of this process."""
-        return await asyncio.to_thread(health, str(self._http.base_url))
-
-
-class _Pools(httpx2.AsyncBaseTransport):
-    """Connections in several pools: one looks through all of its own for each request, on the server's processors."""
-
-    def __init__(self, number: int = 16) -> None:
-        unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        self._pools = [
-            httpx2.AsyncHTTPTransport(verify=False, limits=unlimited, trust_env=False) for _ in range(number)
-        ]
-        self._turns = itertools.cycle(self._pools)
-
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        return await next(self._turns).handle_async_request(request)
-
-    async def aclose(self) -> None:
-        for pool in self._pools:
-            await pool.aclose()
+        return await asyncio.to_thread(health, self._url)
 
 
 @asynccontextmanager
 async def client(url: str, model: str) -> AsyncIterator[Client]:
-    async with httpx2.AsyncClient(base_url=url, transport=_Pools(), timeout=PATIENCE, trust_env=False) as http:
-        yield Client(http, model)
+    # of the clients the one that takes least of the processors, which are the server's
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
+        timeout=aiohttp.ClientTimeout(total=PATIENCE),
+        read_bufsize=LINE,
+    ) as http:
+        yield Client(http, url.rstrip("/"), model)
 
 
 async def measure(
@@ -469,18 +459,18 @@ async def _for(seconds: float, tasks: Sequence[asyncio.Task[None]]) -> None:
             await task
 
 
-async def _whole(response: httpx2.Response) -> tuple[list[Any], dict[str, int]]:
-    answer = json.loads(await response.aread())
+async def _whole(response: aiohttp.ClientResponse) -> tuple[list[Any], dict[str, int]]:
+    answer = json.loads(await response.read())
     return answer["choices"][0]["message"]["content"], answer["usage"]
 
 
-async def _streamed(response: httpx2.Response) -> tuple[list[Any], dict[str, int]]:
+async def _streamed(response: aiohttp.ClientResponse) -> tuple[list[Any], dict[str, int]]:
     parts, usage, is_ended = list[Any](), dict[str, int](), False
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
+    async for line in response.content:
+        if not line.startswith(b"data:"):
             continue
         data = line[5:].strip()
-        if data == "[DONE]":
+        if data == b"[DONE]":
             is_ended = True
             continue
         chunk = json.loads(data)
