@@ -16,13 +16,16 @@ def run(capsys, *arguments):
     return ended.value.code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", [["tiny"], ["bench", "--quick"]])
-def test_without_its_extra_it_says_what_to_install(command, capsys, monkeypatch):
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("uvicorn", "httptools") else name)
+@pytest.mark.parametrize(
+    "command, named", [(["tiny"], "httptools, uvicorn"), (["bench"], "aiohttp, httptools, uvicorn")]
+)
+def test_without_its_extra_it_says_what_to_install(command, named, capsys, monkeypatch):
+    absent = ("uvicorn", "httptools", "aiohttp")
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name in absent else name)
     code, _, said = run(capsys, *command)
     assert (code, said.splitlines()) == (
         1,
-        ["error: a server needs httptools, uvicorn", "where: weft serve", "fix: pip install 'weft[serve]'"],
+        [f"error: a server needs {named}", "where: weft serve", "fix: pip install 'weft[serve]'"],
     )
 
 

@@ -1,5 +1,6 @@
 """What begins as a request and does not go on is not waited for; what goes on is."""
 
+import asyncio
 import socket
 import threading
 from contextlib import contextmanager
@@ -8,7 +9,9 @@ import pytest
 
 from tests.serve.nonce import NonceBackbone, ask, new_nonce
 from tests.serve.running import PATIENCE, running
+from weft.serve import run
 from weft.serve.limits import Limits
+from weft.serve.scheduler import Scheduler
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"
 
@@ -37,6 +40,22 @@ def all_of(connection):
     except ConnectionResetError:
         pass
     return found
+
+
+def test_who_is_told_the_address_can_connect(monkeypatch):
+    class Told(Exception):
+        pass
+
+    def say(address):
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE):
+            raise Told
+
+    monkeypatch.setattr(run, "_make_quick", lambda: None)  # of this process
+    scheduler = Scheduler({"nonce": NonceBackbone()}, slots=1)
+    with pytest.raises(Told):
+        run.run_server(None, scheduler, run.ServeConfig(port=0), say=say)
+    asyncio.run(scheduler.drain(0))
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nhost: a\r\n"])

@@ -119,7 +119,7 @@ def bench(
     quick: bool
         Within three minutes, on a small machine.
     """
-    _check_installed()
+    _check_installed("aiohttp")
     import asyncio
     import json
     from dataclasses import asdict
@@ -135,8 +135,8 @@ def bench(
     print(json.dumps(asdict(figures)))
 
 
-def _check_installed() -> None:
-    missing = [name for name in NEEDED if find_spec(name) is None]
+def _check_installed(*more: str) -> None:
+    missing = [name for name in (*more, *NEEDED) if find_spec(name) is None]
     if missing:
         raise WeftError(f"a server needs {', '.join(missing)}", where="weft serve", fix="pip install 'weft[serve]'")
 

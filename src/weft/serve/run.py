@@ -183,6 +183,8 @@ def run_server(app: Any, scheduler: Scheduler, config: ServeConfig, *, say: Any 
     host, port = socket.getsockname()[:2]
     _make_quick()
     scheduler.start()
+    # whoever is told the address may ask: uvicorn would listen only a moment later
+    socket.listen(server.config.backlog)
     say(f"http://{host}:{port}")
     server.run(sockets=[socket])
     if scheduler.failure is not None:
