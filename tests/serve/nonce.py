@@ -245,12 +245,13 @@ def main() -> None:
         ("pause", float, 0.0), ("drain", float, 30.0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--page", action="store_true")
     given = parser.parse_args()
     limits = Limits(queue=given.queue, drain_seconds=given.drain)
     config = ServeConfig(port=given.port, slots=given.slots, limits=limits)
     model = NonceBackbone(side=given.side, before_step=lambda: time.sleep(given.pause))
     scheduler = Scheduler({"nonce": model}, slots=given.slots, queue=given.queue)
-    app = create_app(scheduler, [Served("nonce")], limits=limits)
+    app = create_app(scheduler, [Served("nonce")], limits=limits, page=given.page)
     run_server(app, scheduler, config, say=lambda address: print(address, file=sys.stderr, flush=True))
 
 

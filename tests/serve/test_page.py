@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import sys
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from PIL import Image as PILImage
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+from tests.serve.apart import apart, nonce
 from weft.document import Image, Text, Turn
 from weft.errors import ImageError, UsageError
 from weft.generation import Usage
@@ -320,6 +322,15 @@ def test_without_gradio_the_page_says_what_it_needs_and_the_api_works(monkeypatc
     client = TestClient(app)
     assert client.get("/").status_code == 501 and "weft[page]" in client.get("/").text
     assert client.get("/v1/x").json() == "here"
+
+
+def test_a_page_that_nobody_looks_at_costs_nothing():
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    with apart(nonce, "--page") as server:
+        assert httpx2.get(server.url, trust_env=False).status_code == 200  # its tasks run from here on at the latest
+        before = server.process.num_ctx_switches().voluntary
+        time.sleep(1)
+        assert server.process.num_ctx_switches().voluntary - before < 200
 
 
 # --- what a browser shows -------------------------------------------------------------------------------------------

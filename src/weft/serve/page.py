@@ -40,6 +40,8 @@ MISSING = "The page needs gradio: pip install 'weft[page]'. The interface under 
 _STYLE = Path(__file__).parent / "assets" / "page.css"
 _SHOW_SECONDS = 0.1
 """Text is shown at most so often."""
+_LOOK_SECONDS = 0.05
+"""Gradio looks so often whether anything was asked."""
 _TICK_SECONDS = 0.5
 """Where nothing comes, time goes on so often."""
 _NOTHING_YET = "Waiting for the model"
@@ -413,7 +415,9 @@ def _build(page: _Page, models: Sequence[str], limits: Limits) -> Any:
         back.click(take_back, [tab], shown, queue=False, **plain)
         gr.on([fresh.click, chat.clear], begin_anew, [tab], [tab, *shown], queue=False, **plain)
         blocks.unload(closed)
-    blocks.queue(default_concurrency_limit=None)
+    queue = blocks.queue(default_concurrency_limit=None)._queue
+    # as on Windows; elsewhere it looks a thousand times a second, and the models' thread waits for it each time
+    queue.sleep_when_free, queue.progress_update_sleep_when_free = _LOOK_SECONDS, 2 * _LOOK_SECONDS
     return blocks
 
 
