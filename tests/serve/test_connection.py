@@ -1,6 +1,8 @@
 """What begins as a request and does not go on is not waited for; what goes on is."""
 
 import asyncio
+import itertools
+import json
 import socket
 import threading
 from contextlib import contextmanager
@@ -8,10 +10,11 @@ from contextlib import contextmanager
 import pytest
 
 from tests.serve.nonce import NonceBackbone, ask, new_nonce
-from tests.serve.running import PATIENCE, running
+from tests.serve.running import PATIENCE, running, until
 from weft.serve import run
+from weft.serve.app import create_app
 from weft.serve.limits import Limits
-from weft.serve.scheduler import Scheduler
+from weft.serve.scheduler import Busy, Scheduler
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"
 
@@ -54,7 +57,7 @@ def test_who_is_told_the_address_can_connect(monkeypatch):
     monkeypatch.setattr(run, "_make_quick", lambda: None)  # of this process
     scheduler = Scheduler({"nonce": NonceBackbone()}, slots=1)
     with pytest.raises(Told):
-        run.run_server(None, scheduler, run.ServeConfig(port=0), say=say)
+        run.run_server(create_app(scheduler, []), scheduler, run.ServeConfig(port=0), say=say)
     asyncio.run(scheduler.drain(0))
 
 
@@ -98,3 +101,96 @@ def test_an_answer_may_take_longer_than_its_question(server):
     answer = server.http().post("/v1/responses", json=asked)
     assert answer.status_code == 200
     assert answer.elapsed.total_seconds() > server.limits.head_seconds
+
+
+# --- no room --------------------------------------------------------------------------------------------------------
+
+BODY = b'{"model": "nonce", "messages": [{"role": "user", "content": "?"}]}'
+SHORT = f"HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(BODY)}\r\n".encode()
+
+
+def asked(address=b"/v1/chat/completions", head=SHORT, more=b""):
+    return b"POST " + address + b" " + head + more + b"\r\n" + BODY
+
+
+@pytest.fixture
+def full(server, monkeypatch):
+    """The server has no room; what its application is asked is collected."""
+
+    def check_room():
+        raise Busy("many requests are waiting already", 7)
+
+    seen, app = [], server.app.middleware_stack
+    server.app.middleware_stack = lambda scope, *rest: seen.append(scope["path"]) or app(scope, *rest)
+    monkeypatch.setattr(server.scheduler, "check_room", check_room)
+    yield seen
+    server.app.middleware_stack = app
+
+
+def answers(connection):
+    """(status, headers without the date, body) of each."""
+    with connection.makefile("rb") as read:
+        while line := read.readline():
+            headers = dict(line.strip().split(b": ", 1) for line in iter(read.readline, b"\r\n"))
+            assert headers.pop(b"date")
+            yield int(line.split()[1]), headers, read.read(int(headers[b"content-length"]))
+
+
+def test_without_room_a_connection_answers_what_the_application_would(server, full):
+    with connected(server) as connection:
+        read = answers(connection)
+        connection.sendall(asked())
+        at_once = next(read)
+        assert full == []
+        # an address written otherwise is left to it
+        connection.sendall(asked(b"/v1/chat/completions?"))
+        assert next(read) == at_once
+        assert full == ["/v1/chat/completions"]
+    status, headers, body = at_once
+    assert (status, headers[b"retry-after"]) == (429, b"7")
+    assert json.loads(body)["error"]["code"] == "busy"
+
+
+@pytest.mark.parametrize("address", [b"/v1/chat/completions", b"/v1/responses", b"/v1/images/generations"])
+def test_what_is_left_of_a_refused_request_is_dropped_and_the_next_one_read(server, full, address):
+    with connected(server) as connection:
+        read, whole = answers(connection), asked(address)
+        connection.sendall(whole[:-20])
+        assert next(read)[0] == 429
+        connection.sendall(whole[-20:] + whole + HEALTH)
+        assert [next(read)[0] for _ in range(2)] == [429, 200]
+    assert full == ["/health"]
+
+
+def test_answers_keep_the_order_of_what_was_asked(server, full):
+    with connected(server) as connection:
+        connection.sendall(HEALTH + asked())
+        assert [status for status, *_ in itertools.islice(answers(connection), 2)] == [200, 429]
+
+
+@pytest.mark.parametrize("head, more", [(SHORT, b"connection: close\r\n"), (SHORT.replace(b"1.1", b"1.0"), b"")])
+def test_who_wants_one_answer_only_is_refused_and_let_go(server, full, head, more):
+    with connected(server) as connection:
+        connection.sendall(asked(head=head, more=more))
+        assert all_of(connection).startswith(b"HTTP/1.1 429")
+
+
+def test_a_connection_that_was_refused_is_not_kept_for_ever(server, full):
+    with connected(server) as connection:
+        connection.sendall(HEALTH)
+        next(answers(connection))
+        until(lambda: server.server.server_state.connections)
+        for each in server.server.server_state.connections:
+            each.timeout_keep_alive = 0.1
+        connection.sendall(asked())
+        assert all_of(connection).startswith(b"HTTP/1.1 429")
+
+
+def test_whether_there_is_room_is_told_to_those_with_a_key_only():
+    with running({"nonce": NonceBackbone()}, keys=["open sesame"]) as locked, connected(locked) as connection:
+        read = answers(connection)
+        locked.scheduler.check_room = lambda: (_ for _ in ()).throw(Busy("many requests are waiting already", 7))
+        for key, status in ((b"", 401), (b"authorization: Bearer wrong\r\n", 401),
+                            (b"authorization: Bearer open sesame\r\n", 429)):  # fmt: skip
+            connection.sendall(asked(more=key))
+            assert next(read)[0] == status

@@ -32,6 +32,7 @@ from weft.serve.schema import Asked, ChatRequest, ImagesRequest, ResponsesReques
 T = TypeVar("T")
 ASKING = ("/v1/chat/completions", "/v1/responses", "/v1/images/generations")
 """Where a model is asked."""
+ASKING_BYTES = frozenset(address.encode() for address in ASKING)
 NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 """Otherwise a variable of the environment has requests, and errors with what is in them, sent elsewhere."""
 GONE = 499
@@ -60,17 +61,45 @@ class Served:
 class _Room:
     """Middleware that refuses what there is no room for before it is read: whoever asks too much must cost little."""
 
-    def __init__(self, app: Any, scheduler: Scheduler) -> None:
-        self._app, self._scheduler = app, scheduler
+    def __init__(self, app: Any, room: "Room") -> None:
+        self._app, self._room = app, room
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in ASKING:
-            try:
-                self._scheduler.check_room()
-            except WeftError as error:
-                await refusal(error)(scope, receive, send)
+            refused = self._room.refusal()
+            if refused is not None:
+                await refused(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class Room:
+    """What a server without room answers to whoever asks a model."""
+
+    def __init__(self, scheduler: Scheduler, callers: Callers) -> None:
+        self._scheduler, self._callers = scheduler, callers
+        self._last: tuple[tuple[Any, ...], Response] | None = None
+
+    def refusal(self) -> Response | None:
+        try:
+            self._scheduler.check_room()
+        except WeftError as error:
+            words = (type(error), error.what, error.fix)
+            if self._last is None or self._last[0] != words:
+                self._last = words, refusal(error)
+            return self._last[1]
+        return None
+
+    def at_once(self, address: bytes, headers: Sequence[tuple[bytes, bytes]]) -> Response | None:
+        """The same for a request that is not read yet, if it asks a model and has a key."""
+        if address not in ASKING_BYTES or (refused := self.refusal()) is None:
+            return None
+        key = next((value.decode("latin-1") for name, value in headers if name == b"authorization"), None)
+        try:
+            self._callers.owner(key)
+        except NoKey:
+            return None
+        return refused
 
 
 class _Begun:
@@ -142,13 +171,14 @@ def create_app(
     files = files or Files(limits.file_seconds, limits.files_bytes)
     app = FastAPI(title="Weft", docs_url=None, redoc_url=None, openapi_url="/openapi.json", telemetry=NO_TELEMETRY)
     callers = Callers(keys, limits)
+    room = Room(scheduler, callers)
     # the last one comes first
     app.add_middleware(Bodies, limits=limits)
-    app.add_middleware(_Room, scheduler=scheduler)
+    app.add_middleware(_Room, room=room)
     app.add_middleware(Keys, callers=callers)
     app.add_middleware(Quiet)
     names, counters, since = {model.name for model in models}, Counters(scheduler), int(time.time())
-    app.state.scheduler = scheduler
+    app.state.scheduler, app.state.room = scheduler, room
     _say_errors(app)
 
     def caller(request: Request) -> str:

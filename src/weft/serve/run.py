@@ -152,7 +152,7 @@ def server_of(app: Any, scheduler: Scheduler, config: ServeConfig) -> Server:
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_level="warning", access_log=False, server_header=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=1, ws="none",
-        http=partial(Connection, config.limits),  # type: ignore[arg-type]
+        http=partial(Connection, config.limits, app.state.room.at_once),  # type: ignore[arg-type]
     )  # fmt: skip
     return Server(settings, scheduler, config.limits)
 
