@@ -124,13 +124,14 @@ def bench(
     import json
     from dataclasses import asdict
 
-    from weft.serve.bench import FULL, QUICK, measure, serving
+    from weft.serve.bench import FULL, QUICK, measure, serving, stand_back
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     command = [sys.executable, "-m", "weft.cli", "serve", model, "--port", "0", "--slots", str(slots)]
     with serving(command) as (url, process):
+        stand_back()
         figures = asyncio.run(measure(url, process, model, QUICK if quick else FULL, say=say))
     print(json.dumps(asdict(figures)))
 

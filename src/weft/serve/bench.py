@@ -392,6 +392,15 @@ def twins(size: Size) -> list[Question]:
     return questions
 
 
+def stand_back() -> None:
+    """From here on this thread takes no processor from a server's that is at work, where a system knows such a thing.
+
+    What asks is woken by each answer, on the processor that sends it; elsewhere it has processors of its own.
+    """
+    with suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 @contextmanager
 def serving(command: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
     """A server in a process of its own, until the block ends: its address, which it writes to standard error.
