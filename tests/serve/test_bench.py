@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import psutil
@@ -30,6 +32,7 @@ from weft.serve.bench import (
     measure,
     percentile,
     serving,
+    stand_back,
     twins,
 )
 from weft.serve.limits import Limits
@@ -160,6 +163,18 @@ def test_alone_waits_until_a_server_that_was_asked_too_much_has_room():
     Recovering.said = [Reply(200, 1.0, tokens=5), Reply(429, 0.001, retry_after=1)]
     with pytest.raises(WeftError, match="status 429"):
         asyncio.run(alone(Recovering(), 1))
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has such a policy")
+def test_who_asks_stands_back_and_nobody_else_does():
+    def policy():
+        stand_back()
+        return os.sched_getscheduler(0)
+
+    before = os.sched_getscheduler(0)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(policy).result() == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == before
 
 
 def test_answers_that_are_all_the_same_show_nothing():
