@@ -1,6 +1,7 @@
 """An option's score is the sum of its tokens' log-probabilities, as the whole document's own logits have them."""
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -56,9 +57,13 @@ def test_scores_are_those_of_one_forward_over_everything(name):
 def test_an_option_scores_the_same_beside_others():
     backbone = load_backbone("nano")
     prompt = Document((user("a cat"),))
-    options = [f"a {color} ball" for color in ("red", "blue", "green")] * 10
-    found = log_likelihoods(backbone, prompt, options)
-    assert found[:3] == found[27:] == log_likelihoods(backbone, prompt, options[:3])
+    options = [f"a {size} {color} ball" for size in range(10) for color in ("red", "blue", "green")]
+    found = log_likelihoods(backbone, prompt, [*options, *options[:3]])
+    assert found[30:] == found[:3]
+    # in rows of another batch, to a rounding of single precision
+    for some in (slice(0, 1), slice(23, 27), slice(29, 30)):
+        assert found[some] == pytest.approx(log_likelihoods(backbone, prompt, options[some]), abs=5e-5)
+    assert min(abs(a - b) for a, b in itertools.combinations(found[:30], 2)) > 1e-4
 
 
 def test_an_option_without_room_is_refused():

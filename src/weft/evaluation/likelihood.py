@@ -17,18 +17,22 @@ AT_ONCE = 25
 
 @torch.no_grad()
 def log_likelihoods(backbone: "Backbone", prompt: Document, options: Sequence[str]) -> list[float]:
-    """One number for each option; what ends an answer is not part of it.
+    """One number for each option; what ends an answer is not part of it. Equal options have equal numbers.
+
+    The same option beside others differs by a rounding: on some processors the products of an attention depend on where
+    a row lies in memory.
 
     Raises:
         ContextError: the prompt and the longest option do not fit into the context.
     """
     sequence = encode_document(backbone, prompt, answer=True)
-    tokens = [tuple(backbone.tokenize(option)) for option in options]
+    asked = [tuple(backbone.tokenize(option)) for option in options]
+    tokens = list(dict.fromkeys(asked))
     check_fits(sequence, backbone.context_length, reserve=max(map(len, tokens), default=0))
-    found: list[float] = []
+    found: dict[tuple[int, ...], float] = {}
     for start in range(0, len(tokens), AT_ONCE):
         some = tokens[start : start + AT_ONCE]
-        # always as many rows: the same option gets the same bits wherever it stands
+        # always as many rows: products of another shape are rounded otherwise
         rows = Rows(backbone, sequence, AT_ONCE)
         sums = [0.0] * len(some)
         for length in range(max(map(len, some))):
@@ -38,5 +42,5 @@ def log_likelihoods(backbone: "Backbone", prompt: Document, options: Sequence[st
             for i, ids in enumerate(some):
                 if len(ids) > length:
                     sums[i] += float(scores[i, ids[length]])
-        found += sums
-    return found
+        found |= zip(some, sums, strict=True)
+    return [found[each] for each in asked]
