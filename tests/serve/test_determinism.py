@@ -99,8 +99,9 @@ def test_the_same_seed_gives_the_same_bytes_by_every_way(model, tmp_path, capsys
                 alone = http.post("/v1/responses", json=body(model, photo, is_streamed=is_streamed)).text
                 assert parts_of(alone, is_streamed) == expected
             assert asyncio.run(among_neighbours(server.url, model, photo, is_streamed=bool(restart))) == expected
-            other = http.post("/v1/responses", json=body(model, photo, seed=SEED + 1)).text
-            assert parts_of(other) != expected
+            # two seeds may draw the same of a photograph that leaves little open
+            others = [http.post("/v1/responses", json=body(model, photo, seed=SEED + i)).text for i in (1, 2, 3)]
+            assert any(parts_of(other) != expected for other in others)
 
 
 def test_a_request_without_a_seed_gets_one_of_its_own():

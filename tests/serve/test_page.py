@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from tests.serve.apart import apart, nonce
+from tests.serve.running import until
 from weft.document import Image, Text, Turn
 from weft.errors import ImageError, UsageError
 from weft.generation import Usage
@@ -485,6 +486,7 @@ def test_a_browser_asks_watches_brings_pictures_changes_its_question_and_takes_i
         page.fill("#seed :is(input, textarea)", "7")
         ask(page, "nonce=0123456789abcdef plan=t")
         page.wait_for_selector("#talk >> text=plan=t")
+        until(lambda: len(server.app.state.seeds) > 4)  # until then the page looks as after an answer
         wait_for_answer(page)
         assert server.app.state.seeds[4:] == [7]
         page.fill("#seed :is(input, textarea)", "x")
