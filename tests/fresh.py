@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import torch
@@ -15,6 +16,14 @@ from weft.backbones import reload
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.fresh", "diffusers.models"])
+
+
+def _forget_server() -> None:
+    # it is a child of the process that was forked: to ask whether it lives would fail here
+    forkserver._forkserver._forkserver_pid = None
+
+
+os.register_at_fork(after_in_child=_forget_server)
 
 
 def run(command: list[str], *, env: dict[str, str], **options: object) -> subprocess.CompletedProcess[str]:

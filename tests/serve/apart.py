@@ -2,10 +2,12 @@
 
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import reduction
 
 import psutil
 
@@ -61,26 +63,45 @@ def nonce(*arguments):
     main()
 
 
-def failing(steps):
-    """`weft serve nano`, whose engine fails after so many steps."""
-    from weft.cli import main
-    from weft.generation import Engine
-
-    step, done = Engine.step, 0
-
-    def fail(engine):
-        nonlocal done
-        done += 1
-        if done > steps:
-            raise RuntimeError(f"what somebody asked, {done}")
-        return step(engine)
-
-    Engine.step = fail
-    sys.modules["gradio"] = None  # seconds, for a page that nobody asks for
-    main(["serve", "nano", "--port", "0", "--slots", "2"])
-
-
 def _serve(said, serve, arguments):
     with open(said, "w") as file:
         os.dup2(file.fileno(), 2)
         serve(*arguments)
+
+
+class Forked:
+    """In the place of `subprocess.Popen` of `python -m tests.serve.nonce --models`."""
+
+    def __init__(self, command, **_):
+        assert command[1:4] == ["-m", "tests.serve.nonce", "--models"]
+        (reads, self.stdin), (self.stdout, writes) = pipe(), pipe()
+        with reads, writes:
+            self._forked = fresh._SERVER.Process(target=_models, args=(_given(reads), _given(writes), command[3:]))
+            self._forked.start()
+        self.pid = self._forked.pid
+
+    def wait(self, timeout=None):
+        self._forked.join(timeout)
+        if self._forked.is_alive():
+            raise subprocess.TimeoutExpired("models", timeout)
+        return self._forked.exitcode
+
+    def kill(self):
+        self._forked.kill()
+
+
+def pipe():
+    """(what is read, what is written)"""
+    reads, writes = os.pipe()
+    return os.fdopen(reads, "rb"), os.fdopen(writes, "wb")
+
+
+def _given(file):
+    """Of a file, for a process that is not there yet."""
+    return reduction.DupFd(file.fileno())
+
+
+def _models(reads, writes, arguments):
+    os.dup2(reads.detach(), 0)
+    os.dup2(writes.detach(), 1)
+    nonce(*arguments)

@@ -8,7 +8,7 @@ in tokens. The model reads everything from the engine's cache: a slot that is no
 
     python -m tests.serve.nonce --port 0 --slots 8
 
-serves it until it is interrupted.
+serves it, in a process of its own as `weft serve` serves models, until it is interrupted.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,12 @@ from torch import nn
 
 from weft.backbones.base import ChatFormat, DecodingOptions, Elements, PictureForm, SpecialTokens
 from weft.backbones.tokenizer import byte_tokenizer
-from weft.errors import UsageError
+from weft.config import Config
+from weft.errors import UsageError, WeftError
+from weft.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from weft.serve.models_process import ModelsProcess
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<sep>", "[IMG]", "[/IMG]")
 PAD, BEGIN, END, SEPARATOR, BEGIN_IMAGE, END_IMAGE = range(len(SPECIAL))
@@ -39,6 +44,8 @@ GRID = 3
 PATCHES = GRID * GRID
 """Eight bytes of a nonce, and a number."""
 CODES = 256
+MODELS = "--models"
+"""Only the model, for a server that started this process; its settings follow."""
 NOTHING = "?"
 """What is answered where there is no nonce."""
 
@@ -230,29 +237,79 @@ def _likely(wanted: torch.Tensor, count: int) -> torch.Tensor:
     return 40.0 * (wanted.long() == torch.arange(count))
 
 
+class Settings(Config):
+    """Of the model in a process of its own."""
+
+    slots: int = 2
+    side: int = 12
+    pause: float = 0.0
+    """Seconds, before each forward."""
+    steps: int | None = None
+    """It fails in this forward; before the first one: while it is loaded."""
+    dies: bool = False
+    """While it is loaded."""
+
+
+def nonce_process(**settings) -> "ModelsProcess":
+    from weft.serve.models_process import ModelsProcess
+
+    process = ModelsProcess([sys.executable, "-m", "tests.serve.nonce", MODELS, Settings(**settings).model_dump_json()])
+    process.wait_until_loaded()
+    return process
+
+
+def _load():
+    settings, done = Settings.model_validate_json(sys.argv[2]), 0
+    if settings.steps == 0:
+        raise UsageError("no steps", where="steps", fix="more of them")
+    if settings.pause < 0:
+        raise ValueError("a pause takes time")
+    if settings.dies:
+        sys.exit(3)
+    print("what models print is not a message")
+
+    def before_step():
+        nonlocal done
+        done += 1
+        if done == settings.steps:
+            raise RuntimeError("what somebody asked")
+        time.sleep(settings.pause)
+
+    return Worker({"nonce": NonceBackbone(side=settings.side, before_step=before_step)}, slots=settings.slots)
+
+
 def main() -> None:
-    """Serve it in a process of its own, to be loaded, cut off and killed."""
+    """Serve it, to be loaded, cut off and killed."""
+    if sys.argv[1:2] == [MODELS]:
+        from weft.serve.models_main import work
+
+        work(_load)
+
     import argparse
 
     from weft.serve.app import Served, create_app
     from weft.serve.limits import Limits
-    from weft.serve.run import ServeConfig, run_server
+    from weft.serve.run import run_server
     from weft.serve.scheduler import Scheduler
+    from weft.serve.settings import ServeConfig
 
     parser = argparse.ArgumentParser()
     for name, kind, default in (
         ("port", int, 0), ("slots", int, 8), ("side", int, 12), ("queue", int, None),
-        ("pause", float, 0.0), ("drain", float, 30.0),
+        ("pause", float, 0.0), ("steps", int, None), ("drain", float, 30.0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--page", action="store_true")
     given = parser.parse_args()
     limits = Limits(queue=given.queue, drain_seconds=given.drain)
     config = ServeConfig(port=given.port, slots=given.slots, limits=limits)
-    model = NonceBackbone(side=given.side, before_step=lambda: time.sleep(given.pause))
-    scheduler = Scheduler({"nonce": model}, slots=given.slots, queue=given.queue)
+    process = nonce_process(slots=given.slots, side=given.side, pause=given.pause, steps=given.steps)
+    scheduler = Scheduler(process, queue=given.queue)
     app = create_app(scheduler, [Served("nonce")], limits=limits, page=given.page)
-    run_server(app, scheduler, config, say=lambda address: print(address, file=sys.stderr, flush=True))
+    try:
+        run_server(app, scheduler, config, say=lambda address: print(address, file=sys.stderr, flush=True))
+    except WeftError as error:
+        sys.exit(f"error: {error.what}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import httpx2
 import openai
 
 from weft.serve.app import Served, create_app
+from weft.serve.hosts import in_thread
 from weft.serve.limits import Limits
-from weft.serve.run import ServeConfig, Server, server_of
+from weft.serve.run import Server, server_of
 from weft.serve.scheduler import Scheduler
+from weft.serve.settings import ServeConfig
 
 PATIENCE = 60.0
 """Seconds after which a test gives up waiting: machines that run tests are slow and busy."""
@@ -53,7 +55,8 @@ def running(
 ) -> Iterator[Running]:
     """Serve models by their names until the block ends."""
     limits = limits or Limits()
-    scheduler = Scheduler(models, slots=slots, context=context, queue=limits.queue, queue_seconds=limits.queue_seconds)
+    host = in_thread(models, slots=slots, context=context)
+    scheduler = Scheduler(host, queue=limits.queue, queue_seconds=limits.queue_seconds)
     app = create_app(scheduler, [Served(name) for name in models], keys=keys, limits=limits, public_url=public_url)
     server = server_of(app, scheduler, ServeConfig(port=0, slots=slots, limits=limits))
     socket = server.config.bind_socket()

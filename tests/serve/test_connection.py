@@ -13,8 +13,10 @@ from tests.serve.nonce import NonceBackbone, ask, new_nonce
 from tests.serve.running import PATIENCE, running, until
 from weft.serve import run
 from weft.serve.app import create_app
+from weft.serve.hosts import in_thread
 from weft.serve.limits import Limits
 from weft.serve.scheduler import Busy, Scheduler
+from weft.serve.settings import ServeConfig
 
 HEALTH = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"
 
@@ -54,10 +56,10 @@ def test_who_is_told_the_address_can_connect(monkeypatch):
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE):
             raise Told
 
-    monkeypatch.setattr(run, "_make_quick", lambda: None)  # of this process
-    scheduler = Scheduler({"nonce": NonceBackbone()}, slots=1)
+    monkeypatch.setattr(run, "make_quick", lambda: None)  # of this process
+    scheduler = Scheduler(in_thread({"nonce": NonceBackbone()}, slots=1))
     with pytest.raises(Told):
-        run.run_server(create_app(scheduler, []), scheduler, run.ServeConfig(port=0), say=say)
+        run.run_server(create_app(scheduler, []), scheduler, ServeConfig(port=0), say=say)
     asyncio.run(scheduler.drain(0))
 
 

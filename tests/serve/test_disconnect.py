@@ -174,14 +174,18 @@ def check_hang_ups(url, process, number):
     with httpx2.Client(base_url=url, timeout=PATIENCE, trust_env=False) as http:
         asked = question("tp", is_streamed=False)
         assert asked.read(http.post("/v1/responses", json=asked.body).text) == asked.expected
-        files = process.num_fds()
+        files = open_files(process)
         asyncio.run(hang_up_at_random(url, number, random.Random(3)))
         until(lambda: metric(http, "weft_running ") == metric(http, "weft_waiting ") == 0)
-        until(lambda: process.num_fds() == files)
+        until(lambda: open_files(process) == files)
         assert metric(http, "weft_late_steps ") <= 1
         assert metric(http, GONE) > number / 5
         asked = question("tp", is_streamed=False)
         assert asked.read(http.post("/v1/responses", json=asked.body).text) == asked.expected
+
+
+def open_files(process):
+    return [each.num_fds() for each in (process, *process.children())]
 
 
 SIDE = 960

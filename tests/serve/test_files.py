@@ -7,7 +7,7 @@ import pytest
 from tests.serve.nonce import NonceBackbone, Shown, ask, new_nonce, read_picture
 from tests.serve.running import running
 from weft.serve.files import ID_BYTES, Files, Own, address, is_address
-from weft.serve.run import ServeConfig
+from weft.serve.settings import ServeConfig
 
 
 class Clock:

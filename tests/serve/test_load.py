@@ -17,7 +17,7 @@ import pytest
 from tests.serve.nonce import NonceBackbone, Shown, ask, expected, new_nonce, picture, read_picture
 from tests.serve.running import PATIENCE, running, until
 from weft.serve import scheduler
-from weft.serve.bench import health, percentile, serving
+from weft.serve.bench import health, memory, percentile, serving
 from weft.serve.limits import Limits
 
 
@@ -133,7 +133,7 @@ async def flood(url, questions, *, clients, process=None):
             while True:
                 found.health.append(await asyncio.to_thread(health, url))
                 if process is not None:
-                    found.memory[2 * done >= len(questions)].append(process.memory_info().rss)
+                    found.memory[2 * done >= len(questions)].append(memory(process))
                 await asyncio.sleep(0.05)
 
         watching = asyncio.create_task(watch())

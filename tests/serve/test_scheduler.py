@@ -4,15 +4,24 @@ import asyncio
 import logging
 import threading
 from contextlib import aclosing, contextmanager
+from functools import partial
 
 import pytest
 
+from tests.serve.apart import pipe
 from tests.serve.nonce import NonceBackbone, ask, new_nonce
 from tests.serve.running import PATIENCE, until
 from weft.document import Document, Text, user
-from weft.errors import WeftError
+from weft.errors import UsageError, WeftError
 from weft.generation import Finished, SamplingConfig, TextDelta
-from weft.serve.scheduler import Busy, Closing, EngineDown, Overdue, Scheduler, Unexpected
+from weft.serve import models_main, models_process
+from weft.serve import scheduler as scheduling
+from weft.serve.hosts import in_thread
+from weft.serve.models_main import work_on
+from weft.serve.models_process import ModelsProcess
+from weft.serve.scheduler import Busy, Closing, EngineDown, Overdue, Scheduler
+from weft.serve.wire import Wire
+from weft.serve.worker import Unexpected, Worker
 
 CONFIG = SamplingConfig()
 
@@ -21,14 +30,48 @@ def prompt(plan, nonce=None):
     return Document((user(Text(ask(nonce or new_nonce(), plan))),))
 
 
-@contextmanager
-def working(*, slots=2, model=None, **given):
-    made = Scheduler({"nonce": model or NonceBackbone()}, slots=slots, **given)
-    made.start()
-    try:
-        yield made
-    finally:
-        asyncio.run(made.drain(0))
+class Piped:
+    """In the place of `subprocess.Popen`: a thread of this process, with the other ends of its pipes."""
+
+    def __init__(self, load):
+        (reads, self.stdin), (self.stdout, writes) = pipe(), pipe()
+        work = partial(work_on, Wire(reads, writes), load, on_loss=lambda: None)
+        self._thread = threading.Thread(target=work, daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout=None):
+        self._thread.join(PATIENCE)
+        return 0
+
+    def kill(self):
+        pass
+
+
+def over_pipes(models, *, slots, context=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models_main, "make_quick", lambda: None)  # of this process
+        worker = Worker(models, slots=slots, context=context)
+        patch.setattr(models_process.subprocess, "Popen", lambda *_, **__: Piped(lambda: worker))
+        process = ModelsProcess([])
+        process.wait_until_loaded()
+        return process
+
+
+@pytest.fixture(params=[in_thread, over_pipes])
+def working(request):
+    """A scheduler over either host, as a block."""
+
+    @contextmanager
+    def working(*, slots=2, model=None, models=None, **given):
+        host = request.param(models or {"nonce": model or NonceBackbone()}, slots=slots)
+        made = Scheduler(host, **given)
+        made.start()
+        try:
+            yield made
+        finally:
+            asyncio.run(made.drain(0))
+
+    return working
 
 
 async def text_of(scheduler, document, model="nonce"):
@@ -50,14 +93,14 @@ def all_of(scheduler, documents):
     return asyncio.run(run())
 
 
-def test_more_than_there_is_room_for_are_answered_one_after_the_other():
+def test_more_than_there_is_room_for_are_answered_one_after_the_other(working):
     nonces = [new_nonce() for _ in range(7)]
     with working() as scheduler:
         assert all_of(scheduler, [prompt("t", nonce) for nonce in nonces]) == [f"{nonce} " for nonce in nonces]
         assert (scheduler.load.waiting, scheduler.load.running, scheduler.load.slots) == (0, 0, 2)
 
 
-def test_a_full_line_takes_nobody_and_says_when_to_ask_again():
+def test_a_full_line_takes_nobody_and_says_when_to_ask_again(working):
     with working(queue=3) as scheduler:
         found = all_of(scheduler, [prompt("t") for _ in range(5)])
         assert [isinstance(each, Busy) for each in found] == [False] * 3 + [True] * 2
@@ -66,10 +109,10 @@ def test_a_full_line_takes_nobody_and_says_when_to_ask_again():
 
 
 def test_the_line_is_four_for_each_slot_by_default():
-    assert Scheduler({"nonce": NonceBackbone()}, slots=3).queue == 12
+    assert Scheduler(in_thread({"nonce": NonceBackbone()}, slots=3)).queue == 12
 
 
-def test_who_waits_too_long_for_a_slot_is_told_so():
+def test_who_waits_too_long_for_a_slot_is_told_so(working):
     lasts = threading.Event()
     with working(
         slots=1, model=NonceBackbone(before_step=lambda: lasts.wait(0.02) and None), queue_seconds=0.2
@@ -79,14 +122,14 @@ def test_who_waits_too_long_for_a_slot_is_told_so():
         assert isinstance(found[1], Overdue)
 
 
-def test_a_prompt_that_cannot_be_answered_is_refused_alone():
+def test_a_prompt_that_cannot_be_answered_is_refused_alone(working):
     with working() as scheduler:
         found = all_of(scheduler, [prompt("t"), prompt("t " + "words " * 3000), prompt("t")])
         assert isinstance(found[1], WeftError)
         assert [type(each) for each in (found[0], found[2])] == [str, str]
 
 
-def test_an_error_nobody_thought_of_in_one_prompt_ends_no_other(caplog):
+def test_an_error_nobody_thought_of_in_one_prompt_ends_no_other(working, caplog):
     class Fragile(NonceBackbone):
         def tokenize(self, text):
             if "plan=s" in text:
@@ -101,7 +144,7 @@ def test_an_error_nobody_thought_of_in_one_prompt_ends_no_other(caplog):
     assert "nonce=" not in caplog.text + str(found[1])
 
 
-def test_where_a_step_fails_everybody_is_told():
+def test_where_a_step_fails_everybody_is_told(working):
     steps = 0
 
     def fail():
@@ -114,11 +157,11 @@ def test_where_a_step_fails_everybody_is_told():
         found = all_of(scheduler, [prompt("t") for _ in range(5)])
         assert all(isinstance(each, EngineDown) for each in found)
         assert scheduler.load.waiting == 0
-        assert isinstance(scheduler.failure, RuntimeError)
+        assert scheduler.failure == "RuntimeError"
         assert isinstance(all_of(scheduler, [prompt("t")])[0], EngineDown)
 
 
-def test_whoever_comes_while_the_thread_ends_is_told_too():
+def test_whoever_comes_while_the_thread_ends_is_told_too(working):
     """Between the check at the door and the line, the thread may end: nobody waits for ever."""
 
     def fail():
@@ -137,7 +180,7 @@ def test_whoever_comes_while_the_thread_ends_is_told_too():
             assert all(isinstance(each, EngineDown) for each in found)
 
 
-def test_a_caller_who_stops_listening_frees_his_slot():
+def test_a_caller_who_stops_listening_frees_his_slot(working):
     lasts = threading.Event()
     model = NonceBackbone(before_step=lambda: lasts.wait(0.01) and None)
 
@@ -154,20 +197,47 @@ def test_a_caller_who_stops_listening_frees_his_slot():
         assert isinstance(all_of(scheduler, [prompt("t")])[0], str)
 
 
-def test_two_models_are_answered_side_by_side():
-    scheduler = Scheduler({"one": NonceBackbone(), "two": NonceBackbone()}, slots=1)
-    scheduler.start()
+def test_two_models_are_answered_side_by_side(working):
+    with working(models={"one": NonceBackbone(), "two": NonceBackbone()}, slots=1) as scheduler:
 
-    async def run():
-        nonces = [new_nonce() for _ in range(6)]
-        asked = [text_of(scheduler, prompt("t", each), ("one", "two")[i % 2]) for i, each in enumerate(nonces)]
-        assert await asyncio.gather(*asked) == [f"{nonce} " for nonce in nonces]
-        await scheduler.drain(1)
+        async def run():
+            nonces = [new_nonce() for _ in range(6)]
+            asked = [text_of(scheduler, prompt("t", each), ("one", "two")[i % 2]) for i, each in enumerate(nonces)]
+            assert await asyncio.gather(*asked) == [f"{nonce} " for nonce in nonces]
 
-    asyncio.run(asyncio.wait_for(run(), PATIENCE))
+        asyncio.run(asyncio.wait_for(run(), PATIENCE))
 
 
-def test_a_server_that_ends_lets_its_requests_end_first():
+def test_a_model_that_is_not_there_is_refused_alone(working):
+    with working() as scheduler:
+
+        async def run():
+            wrong, right = await asyncio.gather(
+                text_of(scheduler, prompt("t"), "other"), text_of(scheduler, prompt("t"))
+            )
+            assert isinstance(wrong, UsageError) and "'other'" in wrong.what
+            assert isinstance(right, str)
+
+        asyncio.run(asyncio.wait_for(run(), PATIENCE))
+
+
+def test_an_error_of_the_callers_side_is_told_to_all_who_wait(working, monkeypatch):
+    hand_over, failed = scheduling._hand_over, []
+
+    def fail_once(handed):
+        if not failed:
+            failed.append(handed)
+            raise LookupError
+        hand_over(handed)
+
+    monkeypatch.setattr(scheduling, "_hand_over", fail_once)
+    with working() as scheduler:
+        found = all_of(scheduler, [prompt("t") for _ in range(3)])
+        assert all(isinstance(each, EngineDown) for each in found)
+        assert scheduler.failure == "LookupError"
+
+
+def test_a_server_that_ends_lets_its_requests_end_first(working):
     with working(slots=1) as scheduler:
 
         async def run():
@@ -184,7 +254,7 @@ def test_a_server_that_ends_lets_its_requests_end_first():
 
 @pytest.mark.parametrize("waiting", [0, 1, 7])
 def test_the_time_to_wait_grows_with_the_line(waiting):
-    scheduler = Scheduler({"nonce": NonceBackbone()}, slots=2)
+    scheduler = Scheduler(in_thread({"nonce": NonceBackbone()}, slots=2))
     assert scheduler.retry_after() == 1
     scheduler._durations.extend([3.0, 5.0])
     scheduler._waiting = waiting

@@ -8,7 +8,7 @@ import time
 import httpx2
 import pytest
 
-from tests.serve.apart import apart, failing, nonce
+from tests.serve.apart import apart, nonce
 from tests.serve.nonce import NonceBackbone, new_nonce
 from tests.serve.running import PATIENCE, running, until
 from tests.serve.test_disconnect import metric
@@ -151,17 +151,43 @@ def test_where_the_models_fail_every_stream_says_so():
 
 
 def test_a_process_whose_models_fail_exits_with_an_error():
-    with apart(failing, 20) as server:
-        body = {"model": "nano", "input": "a", "stream": True, "temperature": 1, "min_images": 9, "max_images": 9}
-        with httpx2.stream(
-            "POST", f"{server.url}/v1/responses", json=body, timeout=PATIENCE, trust_env=False
-        ) as answer:
-            text = answer.read().decode()
-        assert '"type": "response.failed"' in text.splitlines()[-2]
+    with apart(nonce, "--slots", "2", "--steps", "20") as server:
+        asked = Asked(server.url, "responses", "t" * 30, True).join()
+        assert asked.is_ended
         assert server.wait() == 1
         assert "error: the models stopped working: RuntimeError" in server.said
-        assert "in fail" in server.said  # where it happened
-        assert "somebody asked, " not in server.said.replace('f"what somebody asked, {', "") + text
+        assert "in before_step" in server.said  # where it happened
+        assert "somebody" not in server.said.replace('RuntimeError("what somebody asked")', "") + asked.text
+
+
+@pytest.mark.slow
+def test_where_the_models_are_killed_every_stream_says_so_and_the_process_exits_with_an_error():
+    with apart(nonce, "--slots", "4", "--pause", "0.05") as server:
+        asked = ask_all(server.url, "tptp")
+        assert all(each.is_begun.wait(PATIENCE) for each in asked if each.question.is_streamed)
+        (models,) = server.process.children()
+        begun = time.monotonic()
+        models.kill()
+        for each in asked:
+            each.join()
+            assert each.error is None
+            assert each.ended - begun < 5
+            assert each.is_ended if each.question.is_streamed else each.is_refused
+        assert server.wait() == 1
+        assert "error: the models stopped working: their process was ended by SIGKILL" in server.said
+
+
+@pytest.mark.slow
+def test_no_models_are_left_of_a_server_that_is_killed():
+    with apart(nonce, "--slots", "4", "--pause", "1000") as server:
+        asked = ask_all(server.url, "t")  # in a step that does not end
+        with httpx2.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
+            until(lambda: metric(http, "weft_running ") == 4)
+        (models,) = server.process.children()
+        server.process.kill()
+        models.wait(PATIENCE)
+        for each in asked:
+            each.join()
 
 
 def test_a_process_asked_to_end_under_load_ends_well():

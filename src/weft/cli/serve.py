@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 from weft.cli.loading import Loading
 from weft.errors import UsageError, WeftError
 
-NEEDED = ("fastapi", "httptools", "prometheus_client", "sse_starlette", "uvicorn")
+NEEDED = ("fastapi", "httptools", "msgpack", "prometheus_client", "sse_starlette", "uvicorn")
 app = App(name="serve", help="Serve a model to OpenAI clients and to a browser.")
 
 
@@ -66,7 +66,7 @@ def serve(
     """
     _check_installed()
     from weft.config import load_config
-    from weft.serve.run import ServeConfig, read_keys, run_server
+    from weft.serve.settings import ServeConfig, read_keys
 
     given = {
         "host": (host, "127.0.0.1"), "port": (port, 8000), "slots": (slots, 16), "context": (context, None),
@@ -80,19 +80,27 @@ def serve(
         return
     keys, adapters = read_keys(settings), named(adapter)
 
+    from weft.serve.models_process import ModelsConfig, in_process
+
+    process = in_process(
+        ModelsConfig(
+            model=model, adapters=adapters, load=loading.config(), slots=settings.slots, context=settings.context,
+            threads=settings.threads,
+        )
+    )  # fmt: skip
+    # while it loads
     from weft.serve.app import Served, create_app
-    from weft.serve.models import load_models, use_threads
+    from weft.serve.page import load_gradio
+    from weft.serve.run import run_server
     from weft.serve.scheduler import Scheduler
 
-    use_threads(settings.threads)
-    models = load_models(model, adapters, loading.config())
+    load_gradio()
+    process.wait_until_loaded()
     limits = settings.limits
-    scheduler = Scheduler(
-        models, slots=settings.slots, context=settings.context, queue=limits.queue, queue_seconds=limits.queue_seconds
-    )
-    served = [Served(name) for name in models]
+    scheduler = Scheduler(process, queue=limits.queue, queue_seconds=limits.queue_seconds)
+    served = [Served(name) for name in process.models]
     addresses = create_app(scheduler, served, keys=keys, limits=limits, public_url=settings.public_url, page=True)
-    names = ", ".join(models)
+    names = ", ".join(process.models)
     run_server(
         addresses, scheduler, settings, say=lambda address: print(f"{names} at {address}", file=sys.stderr, flush=True)
     )

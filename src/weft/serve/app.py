@@ -26,8 +26,9 @@ from weft.serve.guard import Bodies, Callers, Keys, NoKey, Quiet
 from weft.serve.limits import Limits
 from weft.serve.parts import Broken, End, Picture, Piece, pieces
 from weft.serve.prompt import of_chat, of_images, of_responses, sampling_of
-from weft.serve.scheduler import Busy, Closing, EngineDown, Overdue, Refused, Scheduler, Unexpected
+from weft.serve.scheduler import Busy, Closing, EngineDown, Overdue, Refused, Scheduler
 from weft.serve.schema import Asked, ChatRequest, ImagesRequest, ResponsesRequest
+from weft.serve.worker import Unexpected
 
 T = TypeVar("T")
 ASKING = ("/v1/chat/completions", "/v1/responses", "/v1/images/generations")

@@ -369,7 +369,7 @@ async def load(asking: Client, process: psutil.Process, size: Size) -> Loaded:
         while True:
             with suppress(OSError, HTTPException):
                 found.health.append(1000 * await asking.health())
-            found.memory[done * 2 >= len(questions)].append(process.memory_info().rss)
+            found.memory[done * 2 >= len(questions)].append(memory(process))
             await asyncio.sleep(0.05)
 
     watching = asyncio.create_task(watch())
@@ -429,6 +429,11 @@ def serving(command: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def memory(process: psutil.Process) -> int:
+    """Bytes of a server's processes."""
+    return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
 
 
 def health(url: str) -> float:

@@ -91,12 +91,8 @@ def mount_page(app: FastAPI, models: Sequence[Named], limits: Limits, callers: C
         models: the first is asked by default.
         callers: one of their keys is asked for where the API asks for one.
     """
-    # gradio reads both when it is imported, or later; there is one folder for all pages of a process
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = str(_folder())
-    try:
-        import gradio
-    except ImportError:
+    gradio = load_gradio()
+    if gradio is None:
         app.add_api_route("/", lambda: PlainTextResponse(MISSING, 501), include_in_schema=False)
         return
     visitors = Visitors(callers)
@@ -108,6 +104,18 @@ def mount_page(app: FastAPI, models: Sequence[Named], limits: Limits, callers: C
     )  # fmt: skip
     # behind the app's own addresses: a wrong method on one of them stays a wrong method
     app.router.default = Door(app.router.routes.pop().app, _folder(), visitors, limits)  # type: ignore[attr-defined]
+
+
+def load_gradio() -> Any:
+    """The module, whose import takes seconds; None: it is not installed."""
+    # it reads both when it is imported, or later; there is one folder for all pages of a process
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(_folder())
+    try:
+        import gradio
+    except ImportError:
+        return None
+    return gradio
 
 
 @functools.cache

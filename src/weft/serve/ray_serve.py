@@ -20,10 +20,11 @@ from weft.config import Config
 from weft.errors import UsageError, WeftError
 from weft.serve.app import Served, create_app
 from weft.serve.files import Files
+from weft.serve.hosts import in_thread
 from weft.serve.limits import Limits
 from weft.serve.models import load_models
-from weft.serve.run import PublicUrl, ServeConfig, read_keys
 from weft.serve.scheduler import Scheduler
+from weft.serve.settings import PublicUrl, ServeConfig, read_keys
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -122,9 +123,8 @@ class Replica:
         keys, limits = config.keys(), config.limits
         device = "cuda:0" if config.gpus else "cpu"  # Ray shows a replica its own GPUs only
         models = load_models(config.model, config.adapters, config.load, device=device)
-        self._scheduler = Scheduler(
-            models, slots=config.slots, context=config.context, queue=limits.queue, queue_seconds=limits.queue_seconds
-        )
+        host = in_thread(models, slots=config.slots, context=config.context)
+        self._scheduler = Scheduler(host, queue=limits.queue, queue_seconds=limits.queue_seconds)
         files = SharedFiles(limits.file_seconds, limits.files_bytes)
         self._addresses = create_app(
             self._scheduler, [Served(name) for name in models], keys=keys, limits=limits, files=files,

@@ -1,85 +1,23 @@
-"""A server from its settings to its end: what is refused before it starts, and how it stops."""
+"""A server from its settings to its end, and how it stops."""
 
 import asyncio
-import gc
-import ipaddress
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Any
 
 import uvicorn
-from pydantic import Field, PositiveInt
 
-from weft.config import Config
 from weft.errors import UsageError, WeftError
 from weft.serve.connection import Connection
 from weft.serve.limits import Limits
+from weft.serve.quick import make_quick
 from weft.serve.scheduler import Scheduler
+from weft.serve.settings import ServeConfig
 
-KEY_VARIABLE = "WEFT_API_KEY"
-PublicUrl = Annotated[str, Field(pattern=r"^(https?://[^/\s]+)?$")]
-SWITCH_SECONDS = 0.0005
 SETTLE_SECONDS = 2.0
 """What is said last may take so long to arrive."""
-
-
-class ServeConfig(Config):
-    """Where a server listens, to whom, and how much it does at once."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    """0: any that is free."""
-    slots: PositiveInt = 16
-    """Answers written at once by each model."""
-    context: PositiveInt | None = None
-    """Positions of a prompt and its answer; None: as many as the model has."""
-    threads: PositiveInt | None = None
-    """Of models on a CPU; None: OMP_NUM_THREADS, or half of the cores, as callers need the others."""
-    key_file: Path | None = None
-    """Keys of callers, one per line. Default: the environment variable WEFT_API_KEY, if it is set."""
-    insecure: bool = False
-    """Listen on an address that others reach, without keys."""
-    public_url: PublicUrl = ""
-    """http(s)://HOST[:PORT] put before the addresses of pictures, for pages that show them elsewhere."""
-    limits: Limits = Limits()
-
-
-def read_keys(config: ServeConfig) -> list[str]:
-    """
-    Raises:
-        UsageError: the file cannot be read or is empty; or others could reach the server, and it has no keys.
-    """
-    if config.key_file is not None:
-        try:
-            lines = config.key_file.read_text().splitlines()
-        except OSError as error:
-            raise UsageError(f"the keys cannot be read: {error.strerror}", where=str(config.key_file)) from error
-        keys = [line.strip() for line in lines if line.strip()]
-        if not keys:
-            raise UsageError("the file of keys is empty", where=str(config.key_file), fix="write one key per line")
-    else:
-        keys = [key] if (key := os.environ.get(KEY_VARIABLE, "").strip()) else []
-    if not keys and not config.insecure and not _is_loopback(config.host):
-        raise UsageError(
-            f"{config.host} can be reached by others, and no key protects it",
-            where="--host",
-            fix=f"set {KEY_VARIABLE}, give --key-file, or say --insecure",
-        )
-    return keys
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Server(uvicorn.Server):
@@ -157,15 +95,6 @@ def server_of(app: Any, scheduler: Scheduler, config: ServeConfig) -> Server:
     return Server(settings, scheduler, config.limits)
 
 
-def _make_quick() -> None:
-    """So that who reads and writes for callers does not wait for what else this process does."""
-    # for the models' thread, several times for each caller
-    sys.setswitchinterval(SWITCH_SECONDS)
-    # for the garbage collector: what was imported and loaded stays, and takes most of a second to look through
-    gc.collect()
-    gc.freeze()
-
-
 def run_server(app: Any, scheduler: Scheduler, config: ServeConfig, *, say: Any = print) -> None:
     """Serve until a signal comes.
 
@@ -181,13 +110,11 @@ def run_server(app: Any, scheduler: Scheduler, config: ServeConfig, *, say: Any 
             f"cannot listen on {config.host}:{config.port}", where="--port", fix="name a free port; 0 finds one"
         ) from error
     host, port = socket.getsockname()[:2]
-    _make_quick()
+    make_quick()
     scheduler.start()
     # whoever is told the address may ask: uvicorn would listen only a moment later
     socket.listen(server.config.backlog)
     say(f"http://{host}:{port}")
     server.run(sockets=[socket])
     if scheduler.failure is not None:
-        raise WeftError(
-            f"the models stopped working: {type(scheduler.failure).__name__}", fix="see the log above, and start again"
-        ) from scheduler.failure
+        raise WeftError(f"the models stopped working: {scheduler.failure}", fix="see the log above, and start again")

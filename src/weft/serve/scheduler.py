@@ -1,31 +1,31 @@
-"""Requests of many people, and the one thread in which models run.
+"""Requests of many people, and the models that answer them.
 
-    async for event in scheduler.answer(model, document, config): ...
+    scheduler = Scheduler(in_thread({"tiny": backbone}, slots=16))
+    async for event in scheduler.answer("tiny", document, config): ...
 
 A request waits in its model's line until slots are free, joins the running batch at the next step, and leaves it when
-it is finished, when its caller is gone, or when it waited too long. Callers live in an event loop; the thread takes
-their orders between two steps and hands all events of a step over at once. Whatever happens, a request has exactly one
+it is finished, when its caller is gone, or when it waited too long. Callers live in an event loop; the models work
+elsewhere (see `hosts`), and all that came of a step is heard at once. Whatever happens, a request has exactly one
 outcome: its last event, or an error.
 """
 
 import asyncio
 import contextlib
-import logging
+import itertools
 import math
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from weft.backbones.base import Backbone
 from weft.document import Document
 from weft.errors import WeftError
-from weft.generation import Engine, Event, Finished, SamplingConfig, slots_for
+from weft.generation import Event, Finished, SamplingConfig
+from weft.serve.hosts import Host
+from weft.serve.messages import Ask, Gone, Joined, Leave, Round
 
-log = logging.getLogger(__name__)
 RECENT = 64
 """Requests whose durations say how long a caller should wait."""
 
@@ -61,48 +61,19 @@ class Closing(WeftError):
 
 
 class EngineDown(WeftError):
-    """The thread that runs the models is gone."""
+    """The models work no more."""
 
     code: ClassVar[str] = "engine_down"
-
-
-class Unexpected(WeftError):
-    """One request failed, through no fault of its caller; the others go on."""
-
-    code: ClassVar[str] = "unexpected"
 
 
 @dataclass(eq=False)
 class _Ticket:
     """One request, from its arrival to its outcome."""
 
-    document: Document
-    config: SamplingConfig
     loop: asyncio.AbstractEventLoop
-    arrived: float
     outbox: "asyncio.Queue[Event | WeftError]" = field(default_factory=asyncio.Queue)
-    is_given_up: bool = False
-    """Its caller is gone."""
-    started: float | None = None
-    late_steps: int = 0
-    """Steps that worked on it although its caller was gone."""
-
-
-@dataclass(eq=False)
-class _Desk:
-    """One model: its engine, its line, and what is being answered."""
-
-    backbone: Backbone
-    engine: Engine
-    slots: int
-    line: deque[_Ticket] = field(default_factory=deque)
-    running: dict[int, _Ticket] = field(default_factory=dict)
-    promised: int = 0
-    """Slots of requests that were submitted since the last step, which gives them theirs."""
-
-    @property
-    def room(self) -> int:
-        return self.engine.free_slots - self.promised
+    joined: float | None = None
+    """When its answer was begun."""
 
 
 @dataclass(frozen=True)
@@ -115,52 +86,39 @@ class Load:
 
 
 class Scheduler:
-    """Owns one engine for each model, all stepped by one thread.
-
+    """
     Args:
-        models: name -> the model; several may share their base's weights.
-        slots: of each engine. What runs beside a request does not change its answer, as long as this is the same.
+        host: where the models work. It is the scheduler's own.
         queue: requests of all models that may wait; None: four for each slot.
         queue_seconds: how long one may wait.
     """
 
-    def __init__(
-        self,
-        models: Mapping[str, Backbone],
-        *,
-        slots: int,
-        context: int | None = None,
-        queue: int | None = None,
-        queue_seconds: float = 60.0,
-    ) -> None:
-        self._desks = {
-            name: _Desk(backbone, Engine(backbone, slots=slots, context=context), slots)
-            for name, backbone in models.items()
-        }
-        self.queue = 4 * slots * len(models) if queue is None else queue
+    def __init__(self, host: Host, *, queue: int | None = None, queue_seconds: float = 60.0) -> None:
+        self._host = host
+        self.queue = 4 * host.slots if queue is None else queue
         self._queue_seconds = queue_seconds
-        self._orders: deque[tuple[_Desk, _Ticket]] = deque()
-        self._wake = threading.Condition()
-        self._given_up = False
-        self._is_closing = self._must_end = False
-        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+        """Callers' loops and the host's thread meet here."""
+        self._numbers = itertools.count()
+        self._tickets: dict[int, _Ticket] = {}
+        """Of requests that the models have, until the models' last word."""
         self._waiting = 0
-        """Places of the queue that are taken, for callers to see: never too few."""
+        self._open: set[_Ticket] = set()
+        """What callers listen to; touched where they are only."""
+        self._is_closing = False
+        self._failure: str | None = None
         self._durations: deque[float] = deque(maxlen=RECENT)
         self.steps = 0
         """Steps of all engines so far."""
         self.most_late_steps = 0
         """The most steps that worked on one request after its caller was gone: at most the one that was under way."""
-        self._open: set[_Ticket] = set()
-        """What callers listen to; touched where they are only."""
-        self._thread = threading.Thread(target=self._work, name="weft-engine", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        self._host.start(self._hear, self._hear_end)
 
     @property
-    def failure(self) -> BaseException | None:
-        """What ended the thread, if it did not end by itself."""
+    def failure(self) -> str | None:
+        """What ended the models, if they were not asked to end."""
         return self._failure
 
     @property
@@ -169,10 +127,8 @@ class Scheduler:
 
     @property
     def load(self) -> Load:
-        # from where they really are: what callers count is corrected a moment after a request has joined the batch
-        desks = self._desks.values()
-        waiting = len(self._orders) + sum(len(desk.line) for desk in desks)
-        return Load(waiting, sum(len(desk.running) for desk in desks), sum(desk.slots for desk in desks))
+        with self._lock:
+            return Load(self._waiting, len(self._tickets) - self._waiting, self._host.slots)
 
     async def answer(self, model: str, document: Document, config: SamplingConfig) -> AsyncGenerator[Event]:
         """Events of one request up to its `Finished`. A caller that stops listening ends the request.
@@ -181,17 +137,19 @@ class Scheduler:
             Busy: as many requests wait as may.
             Closing: the server ends.
             Overdue: it waited too long.
-            EngineDown: the models' thread ended, before or during the answer.
+            EngineDown: the models ended, before or during the answer.
             WeftError: the request cannot be answered (see `Engine.submit`).
         """
-        ticket = _Ticket(document, config, asyncio.get_running_loop(), time.monotonic())
-        with self._wake:
-            # within the lock: what is handed in is seen by the thread, even by one that ends
+        loop = asyncio.get_running_loop()
+        ticket, number = _Ticket(loop), next(self._numbers)
+        with self._lock:
+            # with one look: of two callers one gets the last place
             self.check_room()
-            self._orders.append((self._desks[model], ticket))
-            self._wake.notify()
-        self._waiting += 1
+            self._tickets[number] = ticket
+            self._waiting += 1
+            self._host.send(Ask(number, model, document, config))
         self._open.add(ticket)
+        overdue = loop.call_later(self._queue_seconds, self._give_up, ticket)
         try:
             while True:
                 event = await ticket.outbox.get()
@@ -201,11 +159,11 @@ class Scheduler:
                 if isinstance(event, Finished):
                     return
         finally:
+            overdue.cancel()
             self._open.discard(ticket)
-            ticket.is_given_up = True
-            with self._wake:
-                self._given_up = True
-                self._wake.notify()
+            with self._lock:
+                if number in self._tickets:
+                    self._host.send(Leave(number, time.monotonic()))
 
     def check_room(self) -> None:
         """Raise what `answer` would raise before anything is done: `EngineDown`, `Closing` or `Busy`."""
@@ -221,125 +179,64 @@ class Scheduler:
         if not self._durations:
             return 1
         typical = sum(self._durations) / len(self._durations)
-        return min(60, max(1, math.ceil(typical * self._waiting / self.load.slots)))
+        return min(60, max(1, math.ceil(typical * self._waiting / self._host.slots)))
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, wait at most so long for what runs and waits, then end all that is left, and the thread."""
+        """Take nothing new, wait at most so long for what runs and waits, then end all that is left, and the models."""
         self._is_closing = True
         until = time.monotonic() + seconds
         while self._open and self._failure is None and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        # from here, not from the thread, whose step may take long
+        # from here, not from the models, whose step may take long
+        error = Closing("the server ended before this was answered")
         for ticket in list(self._open):
-            error = Closing("the server ended before this was answered")
             _call(ticket.loop, ticket.outbox.put_nowait, error)
-        with self._wake:
-            self._must_end = True
-            self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._host.stop)
 
-    # --- the thread -------------------------------------------------------------------------------------------------
+    def _give_up(self, ticket: _Ticket) -> None:
+        if ticket.joined is None:
+            late = f"no slot became free in {self._queue_seconds:g} s"
+            ticket.outbox.put_nowait(Overdue(late, self.retry_after()))
 
-    def _work(self) -> None:
-        try:
-            while self._take_orders():
-                handed: list[tuple[_Ticket, Event | WeftError]] = []
-                for desk in self._desks.values():
-                    self._admit(desk, handed)
-                    self._step(desk, handed)
-                self._hand_over(handed)
-        except BaseException as error:  # nobody else would hear of it
-            _write_down(error)
-            self._end_all(error)
+    # --- in the host's thread ---------------------------------------------------------------------------------------
 
-    def _take_orders(self) -> bool:
-        """Wait for something to do; False: the thread ends."""
-        with self._wake:
-            while not (self._orders or self._given_up or self._must_end or self._has_work()):
-                self._wake.wait()
-            while self._orders:
-                desk, ticket = self._orders.popleft()
-                desk.line.append(ticket)
-            self._given_up = False
-            return not self._must_end
-
-    def _has_work(self) -> bool:
-        return any(desk.running or (desk.line and desk.room > 0) for desk in self._desks.values())
-
-    def _admit(self, desk: _Desk, handed: "list[tuple[_Ticket, Event | WeftError]]") -> None:
-        """Let those at the front of the line join the batch; those who left or waited too long go."""
+    def _hear(self, told: Round) -> None:
+        handed: list[tuple[_Ticket, Event | WeftError]] = []
         now = time.monotonic()
-        for ticket in list(desk.line):
-            if ticket.is_given_up or now - ticket.arrived > self._queue_seconds:
-                desk.line.remove(ticket)
-                self._leave_line(ticket)
-                late = f"no slot became free in {self._queue_seconds:g} s"
-                handed.append((ticket, Overdue(late, self.retry_after())))
-        while desk.line and desk.room >= min(slots_for(desk.backbone, desk.line[0].config), desk.slots):
-            ticket = desk.line.popleft()
-            self._leave_line(ticket)
-            try:
-                request = desk.engine.submit(ticket.document, ticket.config)
-            except WeftError as error:
-                handed.append((ticket, error))
-                continue
-            except Exception as error:  # a prompt that cannot be read has not touched what others wait for
-                _write_down(error)
-                handed.append((ticket, Unexpected(f"the prompt could not be read: {type(error).__name__}")))
-                continue
-            ticket.started = now
-            desk.running[request] = ticket
-            desk.promised += slots_for(desk.backbone, ticket.config)
+        with self._lock:
+            self.steps, self.most_late_steps = told.steps, told.most_late_steps
+            for number, what in told.reports:
+                ticket = self._tickets[number]
+                if isinstance(what, Joined):
+                    ticket.joined = now
+                    self._waiting -= 1
+                    continue
+                if isinstance(what, Finished | WeftError | Gone):
+                    del self._tickets[number]
+                    if ticket.joined is None:
+                        self._waiting -= 1
+                    elif isinstance(what, Finished):
+                        self._durations.append(now - ticket.joined)
+                if not isinstance(what, Gone):
+                    handed.append((ticket, what))
+        _hand_over(handed)
 
-    def _step(self, desk: _Desk, handed: "list[tuple[_Ticket, Event | WeftError]]") -> None:
-        if not desk.running:
-            return
-        left = {request for request, ticket in desk.running.items() if ticket.is_given_up}
-        for request in left:
-            desk.engine.cancel(request)
-        desk.promised = 0
-        self.steps += 1
-        events = desk.engine.step()
-        for request, ticket in desk.running.items():
-            if ticket.is_given_up and request not in left:
-                ticket.late_steps += 1
-                self.most_late_steps = max(self.most_late_steps, ticket.late_steps)
-        for event in events:
-            ticket = desk.running[event.request]
-            handed.append((ticket, event))
-            if isinstance(event, Finished):
-                del desk.running[event.request]
-                if ticket.started is not None:
-                    self._durations.append(time.monotonic() - ticket.started)
-
-    def _leave_line(self, ticket: _Ticket) -> None:
-        # counted where callers are, so that two of them never see the same place free
-        _call(ticket.loop, self._forget_one)
-
-    def _forget_one(self) -> None:
-        self._waiting -= 1
-
-    def _hand_over(self, handed: "list[tuple[_Ticket, Event | WeftError]]") -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, Event | WeftError]]] = {}
-        for ticket, event in handed:
-            by_loop.setdefault(ticket.loop, []).append((ticket, event))
-        for loop, of_loop in by_loop.items():
-            _call(loop, _deliver, of_loop)
-
-    def _end_all(self, failure: BaseException) -> None:
-        with self._wake:
+    def _hear_end(self, failure: str | None) -> None:
+        with self._lock:
             self._failure = failure
-            left = [ticket for _, ticket in self._orders]
-            self._orders.clear()
-        for desk in self._desks.values():
-            left += [*desk.line, *desk.running.values()]
-            desk.line.clear()
-            desk.running.clear()
-        for ticket in left:
-            if ticket.started is None:
-                self._leave_line(ticket)
+            left = list(self._tickets.values())
+            self._tickets.clear()
+            self._waiting = 0
         error = EngineDown("the models stopped working while this was answered")
-        self._hand_over([(ticket, error) for ticket in left])
+        _hand_over([(ticket, error) for ticket in left])
+
+
+def _hand_over(handed: "list[tuple[_Ticket, Event | WeftError]]") -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, Event | WeftError]]] = {}
+    for ticket, event in handed:
+        by_loop.setdefault(ticket.loop, []).append((ticket, event))
+    for loop, of_loop in by_loop.items():
+        _call(loop, _deliver, of_loop)
 
 
 def _deliver(handed: "list[tuple[_Ticket, Event | WeftError]]") -> None:
@@ -351,8 +248,3 @@ def _call(loop: asyncio.AbstractEventLoop, what: Callable[..., None], *given: An
     # a loop that is closed has nobody left who listens
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(what, *given)
-
-
-def _write_down(error: BaseException) -> None:
-    """Where it happened, without its message: that may hold anything of a prompt."""
-    log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
