@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
@@ -22,6 +23,7 @@ from weft.serve.bench import (
     Client,
     Loaded,
     Lost,
+    Pair,
     Question,
     Rate,
     Reply,
@@ -30,6 +32,7 @@ from weft.serve.bench import (
     client,
     load,
     measure,
+    overload,
     percentile,
     serving,
     stand_back,
@@ -37,7 +40,9 @@ from weft.serve.bench import (
 )
 from weft.serve.limits import Limits
 
-SMALL = Size(rounds=2, spare=0, alone=2, ramp=0.4, window=3.0, asked=8, callers=4, pictures=1)
+SMALL = Size(
+    rounds=2, spare=0, alone=2, ramp=0.4, window=3.0, pairs=2, settle=0.4, overload=1.5, asked=8, callers=4, pictures=1
+)
 BRIEF = Limits(queue=28, answer_text_tokens=4)
 """The untrained model rarely ends by itself."""
 KEYS = ["throughput_32_over_1", "overload_keep", "reject_p99_ms", "mixed_up", "lost", "rss_growth"]
@@ -114,7 +119,8 @@ def test_what_is_mixed_up_or_lost_is_counted(name):
 def test_what_counts_is_chosen_by_what_the_host_took(monkeypatch, stolen, kept, done):
     def round_of(number):
         over = Rate(0, 1, tokens=number + 1.0, lost=1, rejects=[10.0 * number])
-        return bench._Round(1.0, Rate(0, 1, tokens=1.0, lost=1), over, stolen[number])
+        pairs = [Pair(over, Rate(0, 1, tokens=1.0, lost=1))]
+        return bench._Round(1.0, Rate(0, 1, tokens=1.0, lost=1), pairs, stolen[number])
 
     async def next_round(*_):
         return round_of(next(numbers))
@@ -135,12 +141,12 @@ def test_what_counts_is_chosen_by_what_the_host_took(monkeypatch, stolen, kept, 
     assert found.overload_keep == sum(kept) / 2 + 1
     assert found.reject_p99_ms == 10.0 * max(kept)
     # of all rounds, kept or not
-    assert found.lost == 2 * done
+    assert found.lost == 3 * done
 
 
 def test_a_server_that_refuses_nothing_was_not_asked_too_much(monkeypatch):
     async def next_round(*_):
-        return bench._Round(1.0, Rate(0, 1, tokens=1.0), Rate(0, 1, tokens=1.0), 0.0)
+        return bench._Round(1.0, Rate(0, 1, tokens=1.0), [Pair(Rate(0, 1, 1.0), Rate(0, 1, 1.0))], 0.0)
 
     async def asked(*_):
         return Reply(200, 1.0)
@@ -149,6 +155,41 @@ def test_a_server_that_refuses_nothing_was_not_asked_too_much(monkeypatch):
     monkeypatch.setattr(Client, "ask", asked)
     with pytest.raises(WeftError, match="refused nothing"):
         asyncio.run(measure("http://localhost", psutil.Process(), "nano", SMALL))
+
+
+class Server:
+    """Answers so many requests per second, and can keep so much of that when five times as many are asked."""
+
+    def __init__(self, per_second, kept):
+        self.answer = 1 / per_second
+        self.refusal = self.answer * (1 - kept) / (5 - kept)
+        self.free = 0.0
+
+    async def ask(self, question):
+        now = time.perf_counter()
+        self.free = max(self.free, now)
+        if self.free - now > 0.2:
+            self.free += self.refusal
+            return Reply(429, 0.003, retry_after=1)
+        self.free += self.answer
+        await asyncio.sleep(self.free - now)
+        return Reply(200, self.free - now, tokens=10)
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.5])
+def test_what_is_kept_under_overload_is_what_a_server_keeps(kept):
+    size = replace(SMALL, pairs=2, ramp=0.4, settle=0.4, overload=0.8)
+    pairs = asyncio.run(overload(Server(100, kept), size, 100))
+    assert len(pairs) == 2
+    for pair in pairs:
+        assert kept - 0.12 < pair.keep < kept + 0.12
+        assert len(pair.over.rejects) > 10 * len(pair.enough.rejects)
+        assert set(pair.over.rejects) == {3.0}
+
+
+def test_a_window_without_an_answer_says_nothing():
+    with pytest.raises(WeftError, match="no answer ended within"):
+        asyncio.run(overload(Server(1, 1.0), replace(SMALL, overload=0.1), 100))
 
 
 def test_alone_waits_until_a_server_that_was_asked_too_much_has_room():
@@ -191,7 +232,7 @@ def test_answers_that_are_all_the_same_show_nothing():
 
 
 def test_every_question_has_a_twin_that_is_asked_otherwise():
-    questions = twins(Size(rounds=1, spare=0, alone=1, ramp=0, window=1, asked=200))
+    questions = twins(replace(SMALL, asked=200, pictures=4))
     assert len(questions) == 200 == len(set(questions))
     assert len({replace(each, is_streamed=False) for each in questions}) == 100
     assert ({each.given for each in questions}, {each.wanted for each in questions}) == ({0, 1, 2, 3, 4}, {1, 2, 3, 4})

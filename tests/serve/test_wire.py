@@ -32,7 +32,7 @@ choices = st.builds(
 configs = st.builds(
     SamplingConfig, text=choices, image=choices, seed=numbers, guidance=st.none() | st.floats(0, 1e6),
     size=st.none() | st.tuples(st.integers(1, 4096), st.integers(1, 4096)), first=st.sampled_from(["any", "image"]),
-    max_images=st.integers(1, 99), max_tokens=st.none() | st.integers(1, 10**6),
+    max_images=st.integers(1, 99), max_tokens=st.none() | st.integers(1, 10**40),
 )  # fmt: skip
 
 
@@ -111,6 +111,17 @@ def test_nobody_waits_for_who_does_not_read():
     closing.start()
     assert list(Wire(reads, io.BytesIO())) == [large] * 8
     closing.join()
+
+
+@pytest.mark.parametrize("part, error", [(Image(path="a/b.png"), ValueError), (Text(3.5j), TypeError)])
+def test_what_cannot_be_sent_is_told_to_who_sends_it(part, error):
+    reads, writes = pipe()
+    wire = Wire(io.BytesIO(), writes)
+    with pytest.raises(error):
+        wire.send(Ask(0, "a", Document((Turn("user", (part,)),)), SamplingConfig()))
+    wire.send(End())
+    wire.close()
+    assert list(Wire(reads, io.BytesIO())) == [End()]
 
 
 def test_who_sends_to_nobody_is_not_held_up():

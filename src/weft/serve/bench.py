@@ -7,7 +7,8 @@ The server runs in a process of its own and is asked over HTTP, as callers do:
 
     alone      one request after the other
     together   so many callers at once, each asking again when it has its answer
-    overload   several times as many requests as were answered together, whatever becomes of them
+    overload   as many requests as were answered together, and several times as many, whatever becomes of them, in pairs
+               of short windows: what else a machine does comes and goes, and both of a pair have their share of it
                these three in rounds; one in which the machine's host took processors away is done again
     load       many callers; each question twice, whole and streamed, and both answers must be the same
 
@@ -18,6 +19,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -30,7 +32,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import psutil
@@ -64,7 +66,13 @@ class Size:
     ramp: float
     """Seconds before anything counts, each time: until all slots, and under overload the queue, are taken."""
     window: float
-    """Seconds that count."""
+    """Seconds of requests together that count."""
+    pairs: int
+    """Of windows of a round under overload."""
+    settle: float
+    """Seconds before each of these windows, in which the queue is filled, or refuses no more."""
+    overload: float
+    """Seconds of each that count."""
     asked: int
     """Requests of the load."""
     callers: int = 200
@@ -72,8 +80,8 @@ class Size:
     """Of a prompt and of an answer, at most."""
 
 
-FULL = Size(rounds=9, spare=9, alone=6, ramp=6, window=12, asked=2000)
-QUICK = Size(rounds=2, spare=1, alone=4, ramp=6, window=8, asked=300, pictures=1)
+FULL = Size(rounds=9, spare=9, alone=6, ramp=6, window=8, pairs=6, settle=1, overload=2, asked=2000)
+QUICK = Size(rounds=2, spare=1, alone=4, ramp=6, window=8, pairs=5, settle=1, overload=2, asked=300, pictures=1)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Figures:
     throughput_32_over_1: float
     """Tokens per second, of text and pictures."""
     overload_keep: float
-    """Of the throughput together, under overload."""
+    """Of the throughput, when several times as many ask as can be answered, and not just as many."""
     reject_p99_ms: float
     """Until a request that finds no room is told so."""
     mixed_up: int
@@ -200,17 +208,18 @@ async def measure(
         rounds = await _rounds(asking, size, say)
         # by what was stolen, whatever they say of the server
         kept = sorted(rounds, key=lambda each: each.stolen)[: size.rounds]
-        if not any(each.over.rejects for each in kept):
+        rejects = [milliseconds for each in kept for pair in each.pairs for milliseconds in pair.over.rejects]
+        if not rejects:
             raise WeftError("the server refused nothing", fix="measure for longer, until its queue is full")
         loaded = await load(asking, process, size)
         slowest = percentile(loaded.health, 99)
         say(f"{size.callers} callers, {size.asked} requests: /health within {slowest:.0f} ms, all p99")
     return Figures(
         round(statistics.median(each.many.tokens / each.one for each in kept), 2),
-        round(statistics.median(each.over.tokens / each.many.tokens for each in kept), 3),
-        round(percentile([milliseconds for each in kept for milliseconds in each.over.rejects], 99), 1),
+        round(statistics.median(pair.keep for each in kept for pair in each.pairs), 3),
+        round(percentile(rejects, 99), 1),
         loaded.mixed_up,
-        loaded.lost + sum(each.many.lost + each.over.lost for each in rounds),
+        loaded.lost + sum(each.lost for each in rounds),
         round(max(loaded.memory[1]) / max(loaded.memory[0]), 3),
     )
 
@@ -230,15 +239,19 @@ async def _round(asking: "Client", size: Size, say: Say) -> "_Round":
     if not many.answers:
         raise WeftError(f"no answer ended within {size.window:g} s", fix="measure for longer")
     say(f"{TOGETHER} together: {many.tokens:.0f} tokens/s, {many.answers:.2f} answers/s")
-    over = await overload(asking, size, OVERLOAD * many.answers)
+    pairs = await overload(asking, size, many.answers)
     then_stolen, then_passed = _stolen()
     share = (then_stolen - stolen) / (then_passed - passed)
-    refused = f" in {percentile(over.rejects, 99):.1f} ms, p99" if over.rejects else ""
+    over, enough = (statistics.fmean(rate.tokens for rate in rates) for rates in zip(*pairs, strict=True))
+    rejects = [milliseconds for pair in pairs for milliseconds in pair.over.rejects]
+    refused = f" in {percentile(rejects, 99):.1f} ms, p99" if rejects else ""
+    kept = sorted(pair.keep for pair in pairs)
     say(
-        f"{OVERLOAD} times too many: {over.tokens:.0f} tokens/s, {len(over.rejects)} refused{refused}"
+        f"{OVERLOAD} times as many: {over:.0f} tokens/s for {enough:.0f}, by pairs {kept[0]:.2f} to {kept[-1]:.2f}; "
+        f"{len(rejects)} refused{refused}"
         f"{f'; the host took {share:.0%} of the processors' if share > STOLEN else ''}"
     )
-    return _Round(one, many, over, share)
+    return _Round(one, many, pairs, share)
 
 
 def _stolen() -> tuple[float, float]:
@@ -291,15 +304,32 @@ class Rate:
             self.lost += 1
 
 
+class Pair(NamedTuple):
+    """Two windows of which one follows the other."""
+
+    over: Rate
+    """Too many ask."""
+    enough: Rate
+    """As many ask as can be answered; and some still wait."""
+
+    @property
+    def keep(self) -> float:
+        return self.over.tokens / self.enough.tokens
+
+
 @dataclass(frozen=True)
 class _Round:
     """Tokens per second alone, then together, then what becomes of too many."""
 
     one: float
     many: Rate
-    over: Rate
+    pairs: Sequence[Pair]
     stolen: float
     """Of its processor time, by the machine's host."""
+
+    @property
+    def lost(self) -> int:
+        return self.many.lost + sum(rate.lost for pair in self.pairs for rate in pair)
 
 
 async def together(asking: Client, size: Size) -> Rate:
@@ -309,22 +339,51 @@ async def together(asking: Client, size: Size) -> Rate:
         # not all at once: all answers would end at the same moments, and a window hold one of these more or less
         await asyncio.sleep(size.ramp / 2 * number / TOGETHER)
         for seed in seeds:
-            await _count(asking, Question(seed), rate)
+            await _count(asking, Question(seed), lambda: rate)
 
     await _for(size.ramp + size.window, [asyncio.create_task(caller(i)) for i in range(TOGETHER)])
     return rate
 
 
-async def overload(asking: Client, size: Size, per_second: float) -> Rate:
-    """At first as many as can be answered."""
-    rate, asked = Rate(time.perf_counter() + size.ramp, size.window), list[asyncio.Task[None]]()
-    begun, quiet = time.perf_counter(), size.ramp / 2
-    while (passed := time.perf_counter() - begun) < size.ramp + size.window:
-        while len(asked) < min(passed, quiet) * per_second / OVERLOAD + max(0, passed - quiet) * per_second:
-            asked.append(asyncio.create_task(_count(asking, Question(len(asked)), rate)))
-        await asyncio.sleep(0.5 / per_second)
-    await _for(0, asked)
-    return rate
+async def overload(asking: Client, size: Size, answered: float) -> list[Pair]:
+    """Windows in pairs, in the order in which what grows or falls with time does least: a b, b a, a b, ...
+
+    Args:
+        answered: requests per second that can be answered.
+
+    Raises:
+        WeftError: nothing was answered in a window.
+    """
+    asked, rate = list[asyncio.Task[None]](), Rate(math.inf, 0.0)
+    per_second = answered
+
+    async def ask() -> None:
+        due, last = 0.0, time.perf_counter()
+        while True:
+            await asyncio.sleep(0.5 / (OVERLOAD * answered))
+            now = time.perf_counter()
+            due, last = due + (now - last) * per_second, now
+            while due >= 1:
+                due -= 1
+                asked.append(asyncio.create_task(_count(asking, Question(len(asked)), lambda: rate)))
+
+    asking_on = asyncio.create_task(ask())
+    # at first as many as can be answered, so that answers do not all end at the same moments; then the queue is filled
+    await asyncio.sleep(size.ramp / 2)
+    per_second = OVERLOAD * answered
+    await asyncio.sleep(size.ramp / 2)
+    pairs = []
+    for number in range(size.pairs):
+        rates = {}
+        for times in (OVERLOAD, 1) if number % 2 == 0 else (1, OVERLOAD):
+            per_second = times * answered
+            rates[times] = rate = Rate(time.perf_counter() + size.settle, size.overload)
+            await asyncio.sleep(size.settle + size.overload)
+        pairs.append(Pair(rates[OVERLOAD], rates[1]))
+    await _for(0, [asking_on, *asked])
+    if not all(each.tokens for pair in pairs for each in pair):
+        raise WeftError(f"no answer ended within {size.overload:g} s", fix="measure for longer")
+    return pairs
 
 
 @dataclass
@@ -456,11 +515,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ranked[max(0, -(-len(ranked) * percent // 100).__int__() - 1)]
 
 
-async def _count(asking: Client, question: Question, rate: Rate) -> None:
+async def _count(asking: Client, question: Question, rate: Callable[[], Rate]) -> None:
+    """For the rate that there is when it has its outcome."""
     try:
-        rate.add(await asking.ask(question))
+        reply = await asking.ask(question)
     except Lost:
-        rate.lost += 1
+        rate().lost += 1
+    else:
+        rate().add(reply)
 
 
 async def _for(seconds: float, tasks: Sequence[asyncio.Task[None]]) -> None:

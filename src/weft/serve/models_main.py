@@ -20,7 +20,7 @@ from weft.serve.worker import Worker, write_down
 
 def work(load: Callable[[], Worker]) -> None:
     """Serve the `ModelsProcess` that started this process, and exit."""
-    # a terminal and a supervisor send to all processes of a server
+    # a supervisor may send to all processes of a server
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     # at once: a step that nobody waits for may take long

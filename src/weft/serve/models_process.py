@@ -63,8 +63,8 @@ class ModelsProcess:
     slots: int
 
     def __init__(self, command: Sequence[str]) -> None:
-        # before the seconds of imports, which both need
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # before the seconds of imports, which both need; and where no Ctrl-C of a terminal reaches it
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         from weft.serve.wire import Wire
 
         self._wire = Wire(cast(BinaryIO, self._process.stdout), cast(BinaryIO, self._process.stdin))

@@ -145,9 +145,9 @@ class Scheduler:
         with self._lock:
             # with one look: of two callers one gets the last place
             self.check_room()
+            self._host.send(Ask(number, model, document, config))
             self._tickets[number] = ticket
             self._waiting += 1
-            self._host.send(Ask(number, model, document, config))
         self._open.add(ticket)
         overdue = loop.call_later(self._queue_seconds, self._give_up, ticket)
         try:

@@ -22,6 +22,8 @@ from weft.generation import Event, Finished, ImageBegin, ImageReady, SamplingCon
 from weft.serve.messages import Ask, End, Gone, Joined, Leave, Report, Round
 
 CHUNK = 1 << 20
+LARGE = 1
+"""Extension of msgpack: an integer of more than 64 bits, in decimal."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,16 @@ class Wire:
 
     def __init__(self, reads: BinaryIO, writes: BinaryIO) -> None:
         self._reads, self._writes = reads, writes
-        self._outgoing: SimpleQueue[Message | None] = SimpleQueue()
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="weft-wire", daemon=True)
         self._writer.start()
 
     def __iter__(self) -> Iterator[Message]:
         """Messages as they come, until the other side is closed."""
         # what comes is bounded where callers are read
-        unpacker = msgpack.Unpacker(use_list=False, max_buffer_size=0, unicode_errors="surrogatepass")
+        unpacker = msgpack.Unpacker(
+            use_list=False, max_buffer_size=0, unicode_errors="surrogatepass", ext_hook=_read_large
+        )
         with self._reads:
             while data := self._reads.read1(CHUNK):  # type: ignore[attr-defined]
                 unpacker.feed(data)
@@ -62,7 +66,11 @@ class Wire:
                     yield _unpacked(packed)
 
     def send(self, message: Message) -> None:
-        self._outgoing.put(message)
+        """
+        Raises:
+            ValueError, TypeError: it holds what cannot be sent. Nothing of it is.
+        """
+        self._outgoing.put(msgpack.packb(_packed(message), unicode_errors="surrogatepass", default=_large))
 
     def close(self) -> None:
         """Once all is written that was sent."""
@@ -71,9 +79,9 @@ class Wire:
 
     def _write(self) -> None:
         # who reads no more is found to be gone by who reads from it
-        with contextlib.suppress(OSError, ValueError), self._writes:
-            while (message := self._outgoing.get()) is not None:
-                self._writes.write(msgpack.packb(_packed(message), unicode_errors="surrogatepass"))
+        with contextlib.suppress(OSError), self._writes:
+            while (data := self._outgoing.get()) is not None:
+                self._writes.write(data)
                 self._writes.flush()
 
 
@@ -105,6 +113,16 @@ def _unpacked(packed: tuple[Any, ...]) -> Message:
             return _read_error(*rest)
         case _:
             return cast(Message, {kind.__name__: kind for kind in (Ready, Failed, Leave, End)}[name](*rest))
+
+
+def _large(value: Any) -> msgpack.ExtType:
+    if isinstance(value, int):
+        return msgpack.ExtType(LARGE, str(value).encode())
+    raise TypeError(f"{type(value).__name__} is not sent")
+
+
+def _read_large(_: int, data: bytes) -> int:
+    return int(data)
 
 
 def _document(document: Document) -> tuple[Any, ...]:
