@@ -1,6 +1,7 @@
 """Models in a process of their own answer as those of this one do, and nothing that befalls either is silent."""
 
 import asyncio
+import gc
 import os
 import signal
 
@@ -113,8 +114,16 @@ def test_models_that_do_not_end_are_ended(started, monkeypatch):
 
 
 def test_models_end_with_their_server(started):
-    nonce_process()._wire.close()  # as if it were gone
+    host = nonce_process()
+    host._wire.close()  # as if it were gone
     assert started[0].wait(PATIENCE) == 1
+    host.stop()
+
+
+def test_a_host_that_nobody_has_any_more_leaves_no_process(started):
+    nonce_process(pause=1000.0)
+    gc.collect()
+    assert started[0].wait(PATIENCE) != 0
 
 
 def test_a_real_process_serves_a_model_by_its_name(tmp_path):

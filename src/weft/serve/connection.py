@@ -1,7 +1,7 @@
 """A connection that ends where a request is begun and does not go on, and refuses at once what there is no room for.
 
 Nobody else counts bytes and seconds of a head; and nobody else could refuse for so little: to make of a request what an
-application reads, only to refuse it, takes several times as long, and the models' thread waits for all of it.
+application reads, only to refuse it, takes several times as long, and all other callers wait for it.
 """
 
 import asyncio

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -65,6 +66,8 @@ class ModelsProcess:
     def __init__(self, command: Sequence[str]) -> None:
         # before the seconds of imports, which both need; and where no Ctrl-C of a terminal reaches it
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        # who is interrupted while both start leaves nothing behind
+        weakref.finalize(self, self._process.kill)
         from weft.serve.wire import Wire
 
         self._wire = Wire(cast(BinaryIO, self._process.stdout), cast(BinaryIO, self._process.stdin))

@@ -424,7 +424,7 @@ def _build(page: _Page, models: Sequence[str], limits: Limits) -> Any:
         gr.on([fresh.click, chat.clear], begin_anew, [tab], [tab, *shown], queue=False, **plain)
         blocks.unload(closed)
     queue = blocks.queue(default_concurrency_limit=None)._queue
-    # as on Windows; elsewhere it looks a thousand times a second, and the models' thread waits for it each time
+    # as on Windows; elsewhere it looks a thousand times a second, and whoever else has something to do waits each time
     queue.sleep_when_free, queue.progress_update_sleep_when_free = _LOOK_SECONDS, 2 * _LOOK_SECONDS
     return blocks
 
