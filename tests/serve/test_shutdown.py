@@ -182,7 +182,7 @@ def test_no_models_are_left_of_a_server_that_is_killed():
     with apart(nonce, "--slots", "4", "--pause", "1000") as server:
         asked = ask_all(server.url, "t")  # in a step that does not end
         with httpx2.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
-            until(lambda: metric(http, "weft_running ") == 4)
+            until(lambda: metric(http, "weft_running ") == 1)
         (models,) = server.process.children()
         server.process.kill()
         models.wait(PATIENCE)

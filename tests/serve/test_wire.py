@@ -95,21 +95,28 @@ def sent(*all_messages):
     return found[0]
 
 
+def read(reads):
+    """What stands in a file, one message after the other."""
+    return Wire(reads, io.BytesIO())
+
+
 @settings(deadline=None)
 @given(st.lists(messages, max_size=5), st.integers(1, 64))
 def test_what_is_sent_arrives_in_order(all_messages, most):
-    assert list(Wire(Cut(sent(*all_messages), most), io.BytesIO())) == all_messages
+    assert list(read(Cut(sent(*all_messages), most))) == all_messages
 
 
 def test_nobody_waits_for_who_does_not_read():
     reads, writes = pipe()
     wire = Wire(io.BytesIO(), writes)
     large = Ask(0, "a", Document((Turn("user", (Image(b"x" * 2**20),)),)), SamplingConfig())
-    for _ in range(8):
-        wire.send(large)  # more than a pipe holds
+    # more than a pipe holds, and before and after it what is written at once
+    all_messages = [Leave(0, 0.0), large, Leave(1, 0.0), Leave(2, 0.0), large, large, *[Leave(3, 0.0)] * 9999]
+    for message in all_messages:
+        wire.send(message)
     closing = threading.Thread(target=wire.close)
     closing.start()
-    assert list(Wire(reads, io.BytesIO())) == [large] * 8
+    assert list(read(reads)) == all_messages
     closing.join()
 
 
@@ -121,7 +128,7 @@ def test_what_cannot_be_sent_is_told_to_who_sends_it(part, error):
         wire.send(Ask(0, "a", Document((Turn("user", (part,)),)), SamplingConfig()))
     wire.send(End())
     wire.close()
-    assert list(Wire(reads, io.BytesIO())) == [End()]
+    assert list(read(reads)) == [End()]
 
 
 def test_who_sends_to_nobody_is_not_held_up():
@@ -146,11 +153,11 @@ def test_who_sends_to_nobody_is_not_held_up():
     ],
 )
 def test_errors_arrive_as_what_they_are(error):
-    (found,) = Wire(io.BytesIO(sent(error)), io.BytesIO())
+    (found,) = read(io.BytesIO(sent(error)))
     assert type(found) is type(error)
     assert vars(found) == vars(error)
     assert (str(found), found.code, found.args) == (str(error), error.code, error.args[:1])
-    ((request, found),) = next(iter(Wire(io.BytesIO(sent(Round(((3, error),), 1, 0))), io.BytesIO()))).reports
+    ((request, found),) = next(iter(read(io.BytesIO(sent(Round(((3, error),), 1, 0)))))).reports
     assert (request, type(found), vars(found)) == (3, type(error), vars(error))
 
 
@@ -160,5 +167,5 @@ def test_an_error_that_is_not_known_here_is_the_nearest_that_is():
 
     data = sent(Rare("what", fix="fix"))
     Rare.code = "forgotten"
-    (found,) = Wire(io.BytesIO(data), io.BytesIO())
+    (found,) = read(io.BytesIO(data))
     assert (type(found), found.what, found.fix) == (AdapterError, "what", "fix")

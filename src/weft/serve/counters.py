@@ -25,7 +25,11 @@ class Counters:
             ("weft_running", "Requests being answered", lambda: scheduler.load.running),
             ("weft_slots", "Answers that can be written at once", lambda: scheduler.load.slots),
             ("weft_steps", "Steps of the engines so far", lambda: scheduler.steps),
-            ("weft_late_steps", "Most steps for one request whose caller was gone", lambda: scheduler.most_late_steps),
+            (
+                "weft_late_steps",
+                "Most steps begun for one request whose caller was gone",
+                lambda: scheduler.most_late_steps,
+            ),
         ):
             Gauge(name, what, **kept).set_function(read)
 

@@ -56,4 +56,4 @@ class Round:
     steps: int
     """Of all models so far."""
     most_late_steps: int
-    """The most that worked on one request after its caller was gone."""
+    """The most that began to work on one request after its caller was gone."""

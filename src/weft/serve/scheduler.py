@@ -111,7 +111,8 @@ class Scheduler:
         self.steps = 0
         """Steps of all engines so far."""
         self.most_late_steps = 0
-        """The most steps that worked on one request after its caller was gone: at most the one that was under way."""
+        """The most steps that began to work on one request after its caller was gone: at most one, unless steps are
+        shorter than it takes to tell the models."""
 
     def start(self) -> None:
         self._host.start(self._hear, self._hear_end)

@@ -4,10 +4,12 @@
     wire.send(Leave(3, time.monotonic()))
     for message in wire: ...
 
-What is sent is written by a thread, so that whoever sends never waits for who reads.
+What is small is written at once, where that does not wait, and all else by a thread: whoever sends never waits for who
+reads.
 """
 
 import contextlib
+import select
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
@@ -50,6 +52,10 @@ class Wire:
     def __init__(self, reads: BinaryIO, writes: BinaryIO) -> None:
         self._reads, self._writes = reads, writes
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._unwritten = 0
+        """Messages that the thread has."""
+        self._is_closed = False
         self._writer = threading.Thread(target=self._write, name="weft-wire", daemon=True)
         self._writer.start()
 
@@ -70,19 +76,40 @@ class Wire:
         Raises:
             ValueError, TypeError: it holds what cannot be sent. Nothing of it is.
         """
-        self._outgoing.put(msgpack.packb(_packed(message), unicode_errors="surrogatepass", default=_large))
+        data = msgpack.packb(_packed(message), unicode_errors="surrogatepass", default=_large)
+        with self._lock:
+            if self._is_closed:
+                return
+            if self._unwritten == 0 and len(data) <= select.PIPE_BUF and self._has_room():
+                self._put(data)
+            else:
+                self._unwritten += 1
+                self._outgoing.put(data)
 
     def close(self) -> None:
         """Once all is written that was sent."""
+        with self._lock:
+            self._is_closed = True
         self._outgoing.put(None)
         self._writer.join()
 
-    def _write(self) -> None:
+    def _has_room(self) -> bool:
+        """Whether so much as PIPE_BUF bytes can be written without waiting."""
+        return bool(select.select((), (self._writes,), (), 0)[1])
+
+    def _put(self, data: bytes) -> None:
         # who reads no more is found to be gone by who reads from it
-        with contextlib.suppress(OSError), self._writes:
-            while (data := self._outgoing.get()) is not None:
-                self._writes.write(data)
-                self._writes.flush()
+        with contextlib.suppress(OSError):
+            self._writes.write(data)
+            self._writes.flush()
+
+    def _write(self) -> None:
+        while (data := self._outgoing.get()) is not None:
+            self._put(data)
+            with self._lock:
+                self._unwritten -= 1
+        with contextlib.suppress(OSError):
+            self._writes.close()
 
 
 # --- messages -> plain values ---------------------------------------------------------------------------------------

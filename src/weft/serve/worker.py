@@ -21,7 +21,7 @@ from weft.serve.messages import Ask, End, Gone, Joined, Leave, Order, Report, Ro
 
 log = logging.getLogger(__name__)
 REMEMBERED = 64
-"""Steps of which it is known when they ended."""
+"""Steps of which it is known when they began."""
 
 
 class Unexpected(WeftError):
@@ -42,7 +42,7 @@ class _Desk:
     """The engine's number of a request -> the server's."""
     promised: int = 0
     """Slots of requests that were submitted since the last step, which gives them theirs."""
-    ends: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    begins: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     """Of the last steps."""
 
     @property
@@ -139,7 +139,7 @@ class Worker:
             for number, request in desk.running.items():
                 if request == order.request:
                     desk.engine.cancel(number)
-                    late = sum(end > order.at for end in desk.ends)
+                    late = sum(begin > order.at for begin in desk.begins)
                     self._most_late_steps = max(self._most_late_steps, late)
                     return
 
@@ -166,8 +166,8 @@ class Worker:
             return
         desk.promised = 0
         self._steps += 1
+        desk.begins.append(time.monotonic())
         events = desk.engine.step()
-        desk.ends.append(time.monotonic())
         for event in events:
             reports.append(_renumbered(event, desk.running[event.request]))
             if isinstance(event, Finished):
