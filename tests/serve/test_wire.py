@@ -120,6 +120,27 @@ def test_nobody_waits_for_who_does_not_read():
     closing.join()
 
 
+def test_what_is_written_at_once_does_not_overtake_what_the_thread_has(monkeypatch):
+    reads, writes = pipe()
+    put, is_begun, may_go_on = Wire._put, threading.Event(), threading.Event()
+
+    def put_late(wire, data):
+        if threading.current_thread() is wire._writer:
+            is_begun.set()
+            may_go_on.wait()
+        put(wire, data)
+
+    monkeypatch.setattr(Wire, "_put", put_late)
+    wire = Wire(io.BytesIO(), writes)
+    large, small = Ready(("a" * 2**13,), 1), End()
+    wire.send(large)
+    is_begun.wait()
+    wire.send(small)
+    may_go_on.set()
+    wire.close()
+    assert list(read(reads)) == [large, small]
+
+
 @pytest.mark.parametrize("part, error", [(Image(path="a/b.png"), ValueError), (Text(3.5j), TypeError)])
 def test_what_cannot_be_sent_is_told_to_who_sends_it(part, error):
     reads, writes = pipe()
